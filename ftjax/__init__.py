@@ -1,0 +1,3 @@
+"""ftjax: fine-tuning for JAX."""
+
+__version__ = "0.1.0"
