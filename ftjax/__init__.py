@@ -1,3 +1,3 @@
-"""ftjax: fine-tuning for JAX."""
+"""ftjax: fine-tuning for JAX. Nothing heavy is imported until it is used."""
 
 __version__ = "0.1.0"

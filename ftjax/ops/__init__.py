@@ -1,0 +1,20 @@
+"""The array operations that models and losses are made of. Axis letters as in weights.py."""
+
+from ftjax.ops.attention import attention
+from ftjax.ops.layers import rms_norm, rope, rope_frequencies, rope_table, shard
+from ftjax.ops.cross_entropy import linear_cross_entropy, linear_logprobs
+from ftjax.ops.linear import einsum, embed, product
+
+__all__ = [
+    "attention",
+    "einsum",
+    "embed",
+    "linear_cross_entropy",
+    "linear_logprobs",
+    "product",
+    "rms_norm",
+    "rope",
+    "rope_frequencies",
+    "rope_table",
+    "shard",
+]

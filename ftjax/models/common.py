@@ -1,0 +1,232 @@
+"""What every model file shares: reading config.json strictly, access to weights, the layer loop, the KV cache."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from ftjax.errors import UserError
+from ftjax.weights import Table, flatten
+
+# Keys of config.json that change nothing a forward pass computes.
+IGNORED = frozenset(
+    "architectures auto_map dtype torch_dtype transformers_version use_cache initializer_range _name_or_path "
+    "bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id tokenizer_class "
+    "name_or_path _attn_implementation _attn_implementation_autoset attn_implementation return_dict id2label "
+    "label2id problem_type task_specific_params model_max_length is_llama_config transformers.js_config "
+    "_commit_hash cache_implementation keys_to_ignore_at_inference chunk_size_feed_forward is_encoder_decoder "
+    "output_attentions output_hidden_states unsloth_fixed unsloth_version rope_scaling rope_theta "
+    "rope_parameters max_position_embeddings head_dim layer_types".split()
+)
+# Keys that would change the computation and are not implemented: allowed only at values that are neutral.
+NEUTRAL: Mapping[str, tuple] = {
+    "attention_dropout": (0, 0.0, None),
+    "hidden_dropout": (0, 0.0, None),
+    "pretraining_tp": (1, None),
+    "rope_interleaved": (False, None),
+    "partial_rotary_factor": (1, 1.0, None),
+    "pruned_heads": ({}, None),
+    "quantization_config": (None,),
+    "tie_encoder_decoder": (False, None),
+    "is_decoder": (False, None),
+    "cross_attention_hidden_size": (None,),
+    "add_cross_attention": (False, None),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Field names are config.json's, so that reading one needs no translation."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    rope_parameters: tuple[tuple[str, Any], ...]  # a dict's items: a config is hashable
+    windows: tuple[int | None, ...]  # attention window of each layer, None = all of the past
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return dict(
+            D=self.hidden_size,
+            N=self.num_attention_heads,
+            K=self.num_key_value_heads,
+            H=self.head_dim,
+            F=self.intermediate_size,
+            V=self.vocab_size,
+            L=self.num_hidden_layers,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """How a model is computed, not what: set with `model.with_options`."""
+
+    dtype: Any = jnp.float32  # of activations and products; parameters keep the dtype they are loaded in
+    remat: str = "none"  # a key of REMAT
+    unroll: int | bool = 1  # layers an iteration of the layer loop; True unrolls all
+
+
+def check_keys(raw: Mapping[str, Any], known: Mapping[str, tuple | None]) -> None:
+    """Raise UserError on a key of config.json that is neither implemented, neutral nor ignorable.
+
+    `known` are the family's own: key -> the values it implements, None for any.
+    """
+    for key, value in raw.items():
+        allowed = known[key] if key in known else NEUTRAL.get(key, ())
+        if key in IGNORED or allowed is None or value in allowed:
+            continue
+        if key in known or key in NEUTRAL:
+            raise UserError(
+                f"config.json: {key}={value!r} is not implemented for model_type {raw.get('model_type')!r}; "
+                f"supported: {', '.join(map(repr, allowed))}"
+            )
+        raise UserError(
+            f"config.json: {key}={value!r} is unknown for model_type {raw.get('model_type')!r}: it may change "
+            "what the model computes, so it is not ignored"
+        )
+
+
+def read_windows(config) -> tuple[int | None, ...]:
+    """The attention window of each layer from a transformers config (`layer_types`, `sliding_window`)."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return (window,) * config.num_hidden_layers
+    unknown = set(kinds) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise UserError(f"config.json: layer_types has {sorted(unknown)}; supported: full_attention, sliding_attention")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+REMAT = {
+    "none": None,
+    "act": jax.checkpoint_policies.save_anything_except_these_names("norm", "act"),
+    "mlp": jax.checkpoint_policies.save_only_these_names("q", "k", "v", "attention", "o"),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class KVCache(struct.PyTreeNode):
+    """Keys and values so far, k and v [L, B, S, K, H]; slot s of row b holds segment segments[b, s] at
+    positions[b, s]. All rows fill the same slots, so prompts of unequal length are padded on the left."""
+
+    k: jax.Array
+    v: jax.Array
+    segments: jax.Array
+    positions: jax.Array
+    length: jax.Array  # slots in use, a scalar
+
+    def mark(self, segments_BT, positions_BT):
+        """Claim the next T slots; each layer then writes its keys and values there with `append`."""
+        at = (jnp.zeros_like(self.length), self.length)
+        return self.replace(
+            segments=jax.lax.dynamic_update_slice(self.segments, segments_BT, at),
+            positions=jax.lax.dynamic_update_slice(self.positions, positions_BT, at),
+        )
+
+    def append(self, layer, k_BTKH, v_BTKH):
+        """(cache, k [B, S, K, H], v) with one layer's new keys and values in place."""
+        zero = jnp.zeros_like(self.length)
+        at = (layer, zero, self.length, zero, zero)
+        k = jax.lax.dynamic_update_slice(self.k, k_BTKH.astype(self.k.dtype)[None], at)
+        v = jax.lax.dynamic_update_slice(self.v, v_BTKH.astype(self.v.dtype)[None], at)
+        read = functools.partial(jax.lax.dynamic_index_in_dim, index=layer, axis=0, keepdims=False)
+        return self.replace(k=k, v=v), read(k).astype(k_BTKH.dtype), read(v).astype(v_BTKH.dtype)
+
+    def advance(self, count):
+        return self.replace(length=self.length + count)
+
+
+def declare(module: nn.Module, table: Table, prefix: str = "") -> dict[str, Any]:
+    """The weights of `module`: {name: array or leaf type} for the rows directly under `prefix`.
+
+    Reads the tree as given, so a row may hold any leaf type that ops.einsum knows.
+    """
+    names = [path.removeprefix(prefix) for path in table.rows if path.startswith(prefix)]
+    return {n: module.get_variable("params", n) for n in names if "/" not in n}
+
+
+def scan_layers(block: type[nn.Module], options: RunOptions, length: int):
+    """`block` looped over stacked weights: called as (carry, per_layer, *broadcast) -> (carry, None)."""
+    policy = REMAT[options.remat]
+    if options.remat != "none":
+        block = nn.remat(block, prevent_cse=options.unroll is True, policy=policy)  # type: ignore[assignment]
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast, nn.broadcast),
+        length=length,
+        unroll=length if options.unroll is True else int(options.unroll),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A decoder as functions of a parameter tree.
+
+    `model(params, tokens, positions, segments, cache)` returns (hidden_BTD after the final norm, cache, aux);
+    `model.unembed(model.head(params), hidden)` are float32 logits. `aux` is {} for dense models.
+    """
+
+    config: ModelConfig
+    table: Table
+    module_type: type[nn.Module]
+    options: RunOptions = RunOptions()
+
+    def __call__(self, params, tokens_BT, positions_BT, segments_BT, cache: KVCache | None = None):
+        module = self.module_type(self.config, self.table, self.options)  # type: ignore[call-arg]
+        return module.apply({"params": params}, tokens_BT, positions_BT, segments_BT, cache)
+
+    @property
+    def head_path(self) -> str:
+        return "embed" if self.config.tie_word_embeddings else "lm_head"
+
+    def head(self, params):
+        """The leaf that `unembed` takes: the embedding table itself where the two are tied."""
+        return params[self.head_path]
+
+    def unembed(self, head, hidden):
+        return self.module_type.unembed(self.config, head, hidden)  # type: ignore[attr-defined]
+
+    def logits(self, params, tokens_BT, positions_BT=None, segments_BT=None):
+        """Float32 [B, T, V]. Without positions and segments every row is one document."""
+        if segments_BT is None:
+            segments_BT = jnp.ones_like(tokens_BT)
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        hidden_BTD, _, _ = self(params, tokens_BT, positions_BT, segments_BT)
+        return self.unembed(self.head(params), hidden_BTD)
+
+    def init_cache(self, batch: int, length: int, dtype=None) -> KVCache:
+        c = self.config
+        shape = (c.num_hidden_layers, batch, length, c.num_key_value_heads, c.head_dim)
+        slots = jnp.zeros((batch, length), jnp.int32)
+        kv = jnp.zeros(shape, dtype or self.options.dtype)
+        return KVCache(k=kv, v=kv.copy(), segments=slots - 1, positions=slots, length=jnp.int32(0))
+
+    def with_options(self, **changes) -> "Model":
+        """`dtype`, `remat` (a key of REMAT), `unroll`: see RunOptions."""
+        if changes.get("remat", "none") not in REMAT:
+            raise UserError(f"remat={changes['remat']!r} is unknown; one of: {', '.join(REMAT)}")
+        return dataclasses.replace(self, options=dataclasses.replace(self.options, **changes))
+
+
+def matching_paths(table: Table, tree) -> None:
+    """Our own invariant: `tree` has exactly the table's paths."""
+    have, want = set(flatten(tree)), set(table.rows)
+    assert have == want, f"params tree differs from the table: {sorted(have ^ want)}"

@@ -1,0 +1,130 @@
+"""Losses over a vocabulary that never hold [B, T, V] logits: the head is applied to a few tokens at a time.
+
+In each row the tokens that count are moved to the front and the loop ends after the last of them, so untrained
+positions (prompts, padding) cost nothing at the head though every shape is static. Rows stay where they are: with
+the batch axis sharded, nothing crosses devices but the loop's bound.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Unembed = Callable[[Any, jax.Array], jax.Array]  # (head leaf, [..., D]) -> float32 logits [..., V]
+
+
+def token_nll(unembed: Unembed, head, hidden_BTD, targets_BT):
+    """-log p(target), float32 [B, T]."""
+    logits_BTV = unembed(head, hidden_BTD)
+    lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    return lse_BT - jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+
+
+def _compact(weight_BT):
+    """(order, inverse, longest): the permutation of each row that puts nonzero weights first, in order; its
+    inverse; the largest count of them in any row."""
+    order_BT = jnp.argsort(weight_BT == 0, axis=1, stable=True)
+    return order_BT, jnp.argsort(order_BT, axis=1), jnp.max(jnp.sum(weight_BT != 0, axis=1))
+
+
+def _take(x, order_BT):
+    return jnp.take_along_axis(x, order_BT.reshape(order_BT.shape + (1,) * (x.ndim - 2)), axis=1)
+
+
+def _chunked(x, chunk: int):
+    """Pad axis 1 to a multiple of `chunk`."""
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunk)] + [(0, 0)] * (x.ndim - 2))
+
+
+def _slice(x, i, chunk: int):
+    return jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5, 6))
+def linear_cross_entropy(
+    unembed: Unembed, head, hidden_BTD, targets_BT, weight_BT, chunk: int, frozen_head: bool
+):
+    """Sum of weight · (-log p(target)) over [B, T], float32 scalar; hidden state t predicts target t.
+
+    The gradient is formed in the forward pass, a chunk of `chunk` positions of every row at a time, so the head's
+    product is never recomputed; with `frozen_head` no gradient of the head is formed at all.
+    """
+    return _cross_entropy_fwd(unembed, head, hidden_BTD, targets_BT, weight_BT, chunk, frozen_head)[0]
+
+
+def _cross_entropy_fwd(unembed, head, hidden_BTD, targets_BT, weight_BT, chunk, frozen_head):
+    chunk = min(chunk, hidden_BTD.shape[1])
+    order, inverse, longest = _compact(weight_BT)
+    hidden, targets, weight = (_chunked(_take(x, order), chunk) for x in (hidden_BTD, targets_BT, weight_BT))
+
+    def loss_of(head, hidden_BXD, targets_BX, weight_BX):
+        return jnp.sum(token_nll(unembed, head, hidden_BXD, targets_BX) * weight_BX)
+
+    def body(i, carry):
+        total, d_hidden, d_head = carry
+        piece = tuple(_slice(x, i, chunk) for x in (hidden, targets, weight))
+        if frozen_head:
+            loss, dx = jax.value_and_grad(loss_of, 1)(head, *piece)
+        else:
+            loss, (dw, dx) = jax.value_and_grad(loss_of, (0, 1))(head, *piece)
+            d_head = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), d_head, dw)
+        d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, dx.astype(d_hidden.dtype), i * chunk, axis=1)
+        return total + loss, d_hidden, d_head
+
+    zero_head = None if frozen_head else jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head)
+    start = jnp.float32(0), jnp.zeros_like(hidden), zero_head
+    total, d_hidden, d_head = jax.lax.fori_loop(0, (longest + chunk - 1) // chunk, body, start)
+    d_hidden_BTD = _take(d_hidden[:, : hidden_BTD.shape[1]], inverse)
+    return total, (d_hidden_BTD, d_head, head)
+
+
+def _cross_entropy_bwd(unembed, chunk, frozen_head, residuals, g):
+    d_hidden, d_head, head = residuals
+    if d_head is not None:
+        d_head = jax.tree.map(lambda x, w: (x * g).astype(w.dtype), d_head, head)
+    return d_head, (d_hidden * g.astype(d_hidden.dtype)).astype(d_hidden.dtype), None, None
+
+
+linear_cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5, 6))
+def linear_logprobs(unembed: Unembed, head, hidden_BTD, targets_BT, mask_BT, chunk: int, frozen_head: bool):
+    """log p(target) where `mask` is nonzero and 0 elsewhere, float32 [B, T]; hidden state t predicts target t.
+
+    For losses that need the log-probabilities before they know each token's weight (preference, RL): the backward
+    pass goes through the head again, a chunk at a time.
+    """
+    return _logprobs_fwd(unembed, head, hidden_BTD, targets_BT, mask_BT, chunk, frozen_head)[0]
+
+
+def _logprobs_fwd(unembed, head, hidden_BTD, targets_BT, mask_BT, chunk, frozen_head):
+    T = hidden_BTD.shape[1]
+    size = min(chunk, T)
+    order, inverse, longest = _compact(mask_BT)
+    hidden, targets = (_chunked(_take(x, order), size) for x in (hidden_BTD, targets_BT))
+
+    def body(i, out):
+        nll = token_nll(unembed, head, _slice(hidden, i, size), _slice(targets, i, size))
+        return jax.lax.dynamic_update_slice_in_dim(out, -nll, i * size, axis=1)
+
+    out = jnp.zeros(targets.shape, jnp.float32)
+    out = jax.lax.fori_loop(0, (longest + size - 1) // size, body, out)
+    out_BT = jnp.where(mask_BT != 0, _take(out[:, :T], inverse), 0.0)
+    return out_BT, (head, hidden_BTD, targets_BT, mask_BT)
+
+
+def _logprobs_bwd(unembed, chunk, frozen_head, residuals, g_BT):
+    head, hidden_BTD, targets_BT, mask_BT = residuals
+    weight_BT = jnp.where(mask_BT != 0, -g_BT, 0.0)
+    _, (d_hidden, d_head, _) = _cross_entropy_fwd(
+        unembed, head, hidden_BTD, targets_BT, weight_BT, chunk, frozen_head
+    )
+    if d_head is not None:
+        d_head = jax.tree.map(lambda x, w: x.astype(w.dtype), d_head, head)
+    return d_head, d_hidden, None, None
+
+
+linear_logprobs.defvjp(_logprobs_fwd, _logprobs_bwd)
