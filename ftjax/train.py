@@ -45,10 +45,11 @@ class TrainState(struct.PyTreeNode):
     step: jax.Array
     trainable: Any
     opt_state: Any
+    finite: jax.Array  # False after a step whose loss or gradient was not: the state stays as it was before it
 
 
 def init_state(trainable, tx: optax.GradientTransformation) -> TrainState:
-    return TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable))
+    return TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable), jnp.bool_(True))
 
 
 def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, seed: int):
@@ -57,7 +58,8 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, seed: int
     `batch` leaves are [A, B, …]: A microbatches, one gradient. Sums of loss and gradient are taken over all of
     them and divided once by the summed sums["weight"], so that the result does not depend on how the batch was
     cut. Each microbatch gets `rng`, a key that is a function of (seed, step, its index). Metrics are sums per
-    weight, with "weight" itself and "grad_norm".
+    weight, with "weight" itself, "grad_norm" and "finite": where the loss or a gradient is not finite, the state
+    keeps its values and its step, for good.
     """
     grad_fn = jax.grad(loss_fn, has_aux=True)
 
@@ -75,7 +77,11 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, seed: int
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = {k: v / weight for k, v in sums.items() if k != "weight"}
         metrics |= {"weight": sums["weight"], "grad_norm": optax.global_norm(grads)}
-        return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
+        finite = state.finite & jnp.isfinite(metrics["grad_norm"]) & jnp.isfinite(metrics["loss"])
+        after = TrainState(state.step + 1, trainable, opt_state, finite)
+        # The host reads metrics a step late; until it does, a bad step and those after it change nothing.
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
+        return kept.replace(finite=finite), metrics | {"finite": finite}
 
     return jax.jit(train_step, donate_argnums=0)
 

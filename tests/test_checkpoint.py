@@ -1,0 +1,133 @@
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ftjax import checkpoint, train
+from ftjax.checkpoint import Checkpoints
+from ftjax.errors import UserError
+
+pytestmark = pytest.mark.fast
+TX = optax.adamw(1e-2)
+
+
+def equal(a, b):
+    leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in leaves)
+
+
+def make(step: int, size: int = 5):
+    state = train.init_state({"layers": {"q": {"a": jnp.arange(size, dtype=jnp.float32) + step}}}, TX)
+    return state.replace(step=jnp.int32(step))
+
+
+def saved(tmp_path, *steps, keep=2):
+    c = Checkpoints(tmp_path / "checkpoints", keep)
+    for step in steps:
+        c.save(make(step), {"best": step / 3})
+    c.wait()
+    return c
+
+
+def test_restores_the_newest_bit_for_bit_with_its_facts(tmp_path):
+    saved(tmp_path, 3, 7).close()
+    state, facts = Checkpoints(tmp_path / "checkpoints").restore(make(0))
+    assert equal(state, make(7)) and facts == {"best": 7 / 3}
+    assert jax.tree.structure(state) == jax.tree.structure(make(7))
+
+
+def test_nothing_to_restore_is_none(tmp_path):
+    assert Checkpoints(tmp_path / "nowhere").restore(make(0)) is None
+
+
+def test_saving_reads_the_state_before_its_buffers_are_donated(tmp_path):
+    c = Checkpoints(tmp_path / "checkpoints")
+    bump = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    state = make(4, size=200_000)
+    want = jax.tree.map(np.array, state)
+    c.save(state, {})
+    bump(state)
+    c.close()
+    assert equal(Checkpoints(tmp_path / "checkpoints").restore(make(0, 200_000))[0], want)
+
+
+def test_keeps_two_and_the_best(tmp_path):
+    c = Checkpoints(tmp_path / "checkpoints", keep=2)
+    for step in (1, 2, 3, 4, 5):
+        if step == 2:
+            c.best = 2
+        c.save(make(step), {})
+    c.close()
+    assert c.steps() == [2, 4, 5]
+
+
+def largest_file(directory):
+    return max((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
+def test_a_damaged_checkpoint_falls_back_and_says_so(tmp_path, caplog, harm):
+    c = saved(tmp_path, 3, 7)
+    victim = largest_file(c.directory / "7")
+    data = bytearray(victim.read_bytes())
+    if harm == "flip":
+        data[len(data) // 2] ^= 4
+        victim.write_bytes(data)
+    elif harm == "cut":
+        victim.write_bytes(data[: len(data) // 2])
+    else:
+        victim.unlink()
+    with caplog.at_level(logging.WARNING, "ftjax"):
+        state, _ = Checkpoints(tmp_path / "checkpoints").restore(make(0))
+    assert int(state.step) == 3
+    assert "checkpoint 7 is damaged" in caplog.text and victim.name in caplog.text
+
+
+def test_killed_before_sealing_and_cut_short_falls_back(tmp_path):
+    c = saved(tmp_path, 3, 7)
+    (c.directory / "seals" / "7.json").unlink()
+    largest_file(c.directory / "7").write_bytes(b"")
+    for p in (c.directory / "7").rglob("*"):
+        if p.is_file():
+            p.write_bytes(p.read_bytes()[:10])
+    assert int(Checkpoints(tmp_path / "checkpoints").restore(make(0))[0].step) == 3
+
+
+def test_set_aside_lets_a_run_pass_damaged_steps(tmp_path):
+    c = saved(tmp_path, 3, 7)
+    c.set_aside(after=3)
+    c.save(make(7), {})
+    c.close()
+    assert c.steps() == [3, 7]
+
+
+def test_all_damaged_is_an_error_that_loses_nothing(tmp_path):
+    c = saved(tmp_path, 3, 7)
+    for step in (3, 7):
+        largest_file(c.directory / str(step)).write_bytes(b"x")
+    with pytest.raises(UserError, match="no checkpoint is whole .tried 7, 3."):
+        Checkpoints(tmp_path / "checkpoints").restore(make(0))
+
+
+def test_other_weights_are_refused(tmp_path):
+    saved(tmp_path, 3).close()
+    with pytest.raises(UserError, match="other weights"):
+        Checkpoints(tmp_path / "checkpoints").restore(make(0, size=6))
+
+
+def test_full_disk_is_a_clear_error_and_earlier_checkpoints_stay(tmp_path, monkeypatch):
+    c = saved(tmp_path, 3, 7)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: type("U", (), {"free": 1000})())
+    with pytest.raises(UserError, match="step 9 could not be written.*no space left.*3, 7 are intact"):
+        c.save(make(9), {})
+    monkeypatch.undo()
+    assert int(Checkpoints(tmp_path / "checkpoints").restore(make(0))[0].step) == 7
+
+
+def test_an_unwritable_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot make the folder"):
+        Checkpoints(tmp_path / "file" / "checkpoints").save(make(1), {})
