@@ -1,13 +1,19 @@
-"""The training step that every recipe shares: a recipe is a loss function. LoRA and meshes are not known here."""
+"""The training step and loop that every recipe shares: a recipe is a loss function. LoRA and meshes are not known
+here."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import signal
+import time
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+
+from ftjax.errors import UserError
 
 # loss_fn(trainable, frozen, microbatch) -> (summed loss, sums); sums["weight"] is the denominator
 LossFn = Callable[[Any, Any, dict[str, jax.Array]], tuple[jax.Array, dict[str, jax.Array]]]
@@ -37,6 +43,22 @@ class TrainOptions:
     """Positions of each row at which the head is applied at a time."""
     neftune_alpha: float = 0.0
     """Width of NEFTune's embedding noise; 5 is usual, 0 is off."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalOptions:
+    """Evaluation while training; it needs data.eval or data.eval_fraction."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid", "use_attribute_docstrings": True}
+
+    every: int | None = None
+    """Steps between evaluations; each epoch's end where not given. The last step is always evaluated."""
+    at_start: bool = True
+    """Evaluate before the first step, too."""
+    patience: int | None = None
+    """Stop after so many evaluations in a row without a better loss."""
+    keep_best: bool = True
+    """Export the weights of the best evaluation instead of the last step's."""
 
 
 class TrainState(struct.PyTreeNode):
@@ -106,3 +128,129 @@ def make_eval_step(loss_fn: LossFn):
         return jax.tree.map(lambda x: x.sum(0), jax.lax.scan(one, None, batch)[1])
 
     return jax.jit(eval_step)
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; everything up to `step` is saved."""
+
+    def __init__(self, signum: int, step: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}")
+        self.signum, self.step = signum, step
+
+
+class NonFinite(UserError):
+    """The loss or its gradient was not a finite number; the state before that step is saved."""
+
+
+@contextlib.contextmanager
+def signals():
+    """Yields a list to which the first SIGTERM or Ctrl-C adds its number; a second Ctrl-C interrupts at once."""
+    caught: list[int] = []
+
+    def on_signal(signum, frame):
+        if caught and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(signum)
+
+    try:
+        old = {s: signal.signal(s, on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not the main thread: whoever owns it handles its signals
+        old = {}
+    try:
+        yield caught
+    finally:
+        for signum, handler in old.items():
+            signal.signal(signum, handler)
+
+
+@dataclasses.dataclass
+class Progress:
+    """What the loop itself must remember over a restart."""
+
+    best_loss: float = float("inf")
+    best_step: int | None = None
+    worse: int = 0  # evaluations since the best one
+    finished: bool = False
+
+
+def fit(
+    state: TrainState,
+    train_step: Callable,
+    batches: Iterable,
+    *,
+    total_steps: int,
+    save: Callable[[TrainState, Progress], None],
+    save_every: int,
+    report: Callable[[int, dict[str, float]], None],
+    documents: Callable[[int], list[str]],
+    evaluate: Callable[[TrainState], dict[str, float]] | None = None,
+    eval_every: int = 0,
+    eval_options: EvalOptions = EvalOptions(),
+    progress: Progress | None = None,
+) -> tuple[TrainState, Progress]:
+    """Run `train_step(state, batch)` from state.step to total_steps, saving, evaluating and reporting on the way.
+
+    `batches` begins at state.step. Metrics are read one step late, so that the host never holds up the device.
+    `report(step, metrics)` gets "seconds" of the step, too; `evaluate` reports for itself and returns its metrics,
+    of which "loss" chooses the best step. Raises Interrupted after saving when a signal came, and NonFinite after
+    saving the last good state, naming the step and its documents.
+    """
+    progress = progress or Progress()
+    step, pending = int(state.step), None
+    clock = time.perf_counter()
+
+    def read() -> None:
+        """Report the step whose metrics are still on the device."""
+        nonlocal pending, clock
+        if pending is None:
+            return
+        (at, metrics), pending = pending, None
+        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        seconds, clock = now - clock, now
+        if not values.pop("finite"):
+            save(state.replace(finite=jnp.bool_(True)), progress)
+            names = documents(at)
+            shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+            raise NonFinite(
+                f"step {at + 1}: the loss is {values['loss']} (gradient norm {values['grad_norm']}). The state before "
+                f"it is saved at step {at}. Its batch held: {shown}. A smaller learning rate or float32 usually helps; "
+                "look at those documents first"
+            )
+        report(at + 1, values | {"seconds": seconds})
+
+    def look() -> None:
+        """Evaluate, and remember whether it was the best."""
+        nonlocal clock
+        assert evaluate is not None
+        loss = evaluate(state)["loss"]
+        if loss < progress.best_loss:
+            progress.best_loss, progress.best_step, progress.worse = loss, step, 0
+        else:
+            progress.worse += 1
+        clock = time.perf_counter()
+
+    with signals() as caught:
+        if evaluate and step == 0 and eval_options.at_start:
+            look()
+        source = iter(batches)
+        while step < total_steps and not progress.finished:
+            batch = next(source)
+            state, metrics = train_step(state, batch)
+            read()
+            pending = step, metrics
+            step += 1
+            last = step == total_steps
+            if evaluate and (last or (eval_every and step % eval_every == 0)):
+                read()
+                look()
+                progress.finished = bool(eval_options.patience) and progress.worse >= eval_options.patience
+            progress.finished |= last
+            fresh_best = eval_options.keep_best and progress.best_step == step
+            if progress.finished or caught or fresh_best or step % save_every == 0:
+                read()
+                save(state, progress)
+                clock = time.perf_counter()
+            if caught and not progress.finished:
+                raise Interrupted(caught[0], step)
+    return state, progress
