@@ -1,0 +1,4 @@
+"""GGUF files."""
+class GgufFile:
+    kind = "gguf"
+    def __init__(self, path, source): raise NotImplementedError
