@@ -1,0 +1,19 @@
+"""ftjax dpo CONFIG.yaml: direct preference optimisation from pairs of answers."""
+
+from ftjax.objectives.preference import dpo_loss
+from ftjax.recipes import training
+
+
+def make_loss(setup: training.Setup):
+    return dpo_loss(
+        setup.model,
+        setup.params_of,
+        beta=setup.config.dpo.beta,
+        label_smoothing=setup.config.dpo.label_smoothing,
+        chunk=setup.config.train.loss_chunk,
+        frozen_head=setup.frozen_head,
+    )
+
+
+def main(argv: list[str]) -> int:
+    return training.main(argv, "dpo", make_loss, preference=True)

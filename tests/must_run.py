@@ -1,0 +1,45 @@
+"""Fail if a test that every machine must run was skipped: python tests/must_run.py JUNIT.xml"""
+
+import collections
+import sys
+import xml.etree.ElementTree
+
+# Prefixes of "classname::name": the proofs that need nothing a plain machine lacks.
+MUST_RUN = (
+    "tests.models.test_parity",
+    "tests.test_checkpoint",
+    "tests.test_resume",
+    "tests.test_invariance",
+    "tests.test_golden",
+    "tests.data.test_render",
+    "tests.data.test_pack",
+    "tests.data.test_loader",
+    "tests.test_peft",
+    "tests.test_bad_input",
+)
+
+
+def main(path: str) -> int:
+    ran, skipped, reasons = collections.Counter(), [], collections.Counter()
+    for case in xml.etree.ElementTree.parse(path).iter("testcase"):
+        name = f"{case.get('classname')}::{case.get('name')}"
+        skip = case.find("skipped")
+        if skip is not None:
+            reasons[(skip.get("message") or "")[:100]] += 1
+        for prefix in MUST_RUN:
+            if name.startswith(prefix):
+                ran[prefix] += skip is None
+                if skip is not None:
+                    skipped.append(name)
+    for reason, count in reasons.most_common():
+        print(f"skipped {count}: {reason}")
+    missing = [prefix for prefix in MUST_RUN if not ran[prefix]]
+    for name in skipped:
+        print(f"must run, but was skipped: {name}")
+    for prefix in missing:
+        print(f"must run, but no test of it ran: {prefix}")
+    return 1 if skipped or missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
