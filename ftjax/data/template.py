@@ -1,0 +1,117 @@
+"""Chat templates: the tokenizer's own Jinja, run with a fixed date and with marks that say where a text came from."""
+
+import datetime
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+# The places a second render is marked with: characters of the private-use planes, one for each, so that a mark
+# survives whatever a template does to a string and never looks like text.
+PLANES = (range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %} … {% endgeneration %}`: the tag that says which part of a template the model writes."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        call = self.call_method("_emit", [jinja2.nodes.ContextReference()])
+        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def _emit(self, context, caller):
+        marks = context.get("_generation_marks")
+        return f"{marks[0]}{caller()}{marks[1]}" if marks else caller()
+
+
+def _json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )  # jinja2's own tojson escapes HTML
+
+
+def _raise(message: str):
+    raise jinja2.TemplateError(message)
+
+
+class ChatTemplate:
+    """A compiled template with the variables every render gets (special tokens, the user's arguments).
+
+    `date` (YYYY-MM-DD) is what `strftime_now` sees: today's would make every render, mask and cache change daily.
+    """
+
+    def __init__(self, source: str, variables: dict[str, Any], date: str):
+        fixed = datetime.datetime.fromisoformat(date)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+        )
+        environment.filters["tojson"] = _json
+        environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = fixed.strftime
+        self.source = source
+        self.marks_generation = "generation" in _tags(environment, source)
+        self._template = environment.from_string(source)
+        self._variables = variables
+
+    def __call__(
+        self,
+        messages: list[dict],
+        tools: list[dict] | None = None,
+        add_generation_prompt: bool = False,
+        variables: dict[str, Any] | None = None,
+        generation_marks: tuple[str, str] | None = None,
+    ) -> str:
+        """The text; raises jinja2.TemplateError or TypeError where the template refuses the messages."""
+        return self._template.render(
+            **{**self._variables, **(variables or {})},
+            messages=messages,
+            tools=tools,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            _generation_marks=generation_marks,
+        )
+
+
+def _tags(environment: jinja2.Environment, source: str) -> set[str]:
+    """The names of the block tags in a template."""
+    tags, opened = set(), False
+    for _, kind, value in environment.lex(source):
+        if kind == "block_begin":
+            opened = True
+        elif opened and kind == "name":
+            tags.add(value)
+            opened = False
+    return tags
+
+
+def unmark(text: str, plane: range) -> tuple[str, dict[int, list[int]]]:
+    """The text without the marks of a plane, and where each mark (counted from the plane's start) stood in it."""
+    kept: list[str] = []
+    places: dict[int, list[int]] = {}
+    length = begin = 0
+    for i, char in enumerate(text):
+        code = ord(char)
+        if code in plane:
+            kept.append(text[begin:i])
+            length += i - begin
+            begin = i + 1
+            places.setdefault(code - plane.start, []).append(length)
+    kept.append(text[begin:])
+    return "".join(kept), places
+
+
+def free_plane(strings: Iterable[str]) -> range | None:
+    """A private-use plane none of the strings has a character of."""
+    used = [False, False]
+    for string in strings:
+        if string and max(string) >= "\U000f0000":
+            for i, plane in enumerate(PLANES):
+                used[i] = used[i] or any(ord(c) in plane for c in string)
+    return next((plane for plane, taken in zip(PLANES, used, strict=True) if not taken), None)
