@@ -1,12 +1,14 @@
 """What a run's `data:` block may say."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 
 @dataclass(frozen=True)
 class DataSource:
     """One file or data set of a mixture."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid", "use_attribute_docstrings": True}
 
     path: str
     """A .jsonl, .json, .csv, .parquet or .txt file (.gz too), or the id or folder of a `datasets` data set."""
@@ -25,6 +27,8 @@ class DataSource:
 @dataclass(frozen=True)
 class DataOptions:
     """Where the examples come from and how they become tokens, masks and rows."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid", "use_attribute_docstrings": True}
 
     train: str | list[DataSource]
     """One path or id, or a list of sources mixed by weight."""
