@@ -37,7 +37,9 @@ class CheckpointOptions:
 
     def __post_init__(self):
         if self.keep < 2:
-            raise UserError(f"checkpoint.keep={self.keep}: at least 2, so that a damaged one has one before it")
+            raise UserError(
+                f"checkpoint.keep={self.keep}: at least 2, so that a damaged one has one before it"
+            )
         if self.every < 1:
             raise UserError(f"checkpoint.every={self.every}: at least 1 step")
 
@@ -167,7 +169,9 @@ class Checkpoints:
         if free < need * 1.1 + 2**20:
             raise self._failed(
                 int(state.step),
-                OSError(f"no space left on device: it needs {need / 2**20:.0f} MiB, {free / 2**20:.0f} are free"),
+                OSError(
+                    f"no space left on device: it needs {need / 2**20:.0f} MiB, {free / 2**20:.0f} are free"
+                ),
             )
 
     def _files(self, step: int) -> dict[str, str]:

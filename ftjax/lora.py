@@ -46,7 +46,9 @@ class LoraConfig:
         ranks = {"r": self.r} | {f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}
         for name, rank in ranks.items():
             if rank < 1:
-                raise UserError(f"lora.{name}={rank}: a rank is at least 1 (leave lora out to tune every weight)")
+                raise UserError(
+                    f"lora.{name}={rank}: a rank is at least 1 (leave lora out to tune every weight)"
+                )
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"lora.lora_dropout={self.lora_dropout}: a share in [0, 1)")
         for name in ("rank_pattern", "alpha_pattern"):

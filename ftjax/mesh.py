@@ -46,7 +46,9 @@ def make_mesh(options: MeshOptions, devices=None) -> Mesh:
             f"mesh: fsdp={shape['fsdp']} × tp={shape['tp']} is {shape['fsdp'] * shape['tp']} devices, there are "
             f"{n}: set one of them to -1 to take what is left"
         )
-    return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    return jax.make_mesh(
+        tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * 2, devices=devices
+    )
 
 
 def _divisors(n: int) -> str:

@@ -67,7 +67,9 @@ class TrainState(struct.PyTreeNode):
     step: jax.Array
     trainable: Any
     opt_state: Any
-    finite: jax.Array  # False after a step whose loss or gradient was not: the state stays as it was before it
+    finite: (
+        jax.Array
+    )  # False after a step whose loss or gradient was not: the state stays as it was before it
 
 
 def init_state(trainable, tx: optax.GradientTransformation) -> TrainState:

@@ -123,7 +123,9 @@ class Table:
     def names(self, path: str) -> list[str]:
         """The checkpoint names that `path` holds, in the order of its stack."""
         layers = self.layers(path)
-        return [self.rows[path].hf] if layers is None else [self.rows[path].hf.format(layer=i) for i in layers]
+        return (
+            [self.rows[path].hf] if layers is None else [self.rows[path].hf.format(layer=i) for i in layers]
+        )
 
     def count(self) -> int:
         """Number of parameters."""

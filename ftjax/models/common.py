@@ -107,7 +107,9 @@ def read_windows(config) -> tuple[int | None, ...]:
         return (window,) * config.num_hidden_layers
     unknown = set(kinds) - {"full_attention", "sliding_attention"}
     if unknown:
-        raise UserError(f"config.json: layer_types has {sorted(unknown)}; supported: full_attention, sliding_attention")
+        raise UserError(
+            f"config.json: layer_types has {sorted(unknown)}; supported: full_attention, sliding_attention"
+        )
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 

@@ -49,9 +49,7 @@ def dpo_loss(
     def loss_fn(trainable, frozen, batch):
         params = params_of(trainable, frozen, batch.get("rng"))
         policy = pair_logprobs(model, params, batch, chunk=chunk, frozen_head=frozen_head)
-        reference = jax.lax.stop_gradient(
-            pair_logprobs(model, frozen, batch, chunk=chunk, frozen_head=True)
-        )
+        reference = jax.lax.stop_gradient(pair_logprobs(model, frozen, batch, chunk=chunk, frozen_head=True))
         pairs_BP = batch["pairs"]
         loss_BP, rewards_BP2 = dpo_sigmoid(policy, reference, beta, label_smoothing)
         chosen_BP, rejected_BP = jax.lax.stop_gradient((rewards_BP2[..., 0], rewards_BP2[..., 1]))
