@@ -1,12 +1,12 @@
 """Hugging Face checkpoints in and out: folders, hub ids and GGUF files.
 
-Reading is lazy. A source maps its files into memory and gives views; `load_params` copies each tensor once, straight
-to where it will live, and lets go of its pages, so that the peak over the final size is a tensor or two.
+Reading is lazy. A source maps its files into memory and gives views; `load_params` copies each tensor once,
+straight to where it will live, and lets go of its pages, so that the peak over the final size is a tensor or two.
+Writing goes tensor by tensor too, into a folder beside the target that takes its name when it is whole.
 """
 
 import concurrent.futures
 import difflib
-import functools
 import hashlib
 import json
 import math
@@ -49,8 +49,8 @@ DTYPES: Mapping[str, np.dtype] = {
     **FLOATS,
 }
 TOKENIZER_FILES = (
-    "tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json added_tokens.json vocab.json "
-    "merges.txt vocab.txt chat_template.jinja chat_template.json"
+    "tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json added_tokens.json "
+    "vocab.json merges.txt vocab.txt chat_template.jinja chat_template.json"
 ).split()
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 THREADS = min(4, os.cpu_count() or 1)  # each may hold one tensor's float32 copy, so few
@@ -72,11 +72,11 @@ class Source(Protocol):
     def dtype(self, name: str) -> np.dtype: ...
 
     def get(self, name: str) -> np.ndarray:
-        """The tensor, read only; where the file holds it as it is, a view whose pages are read when touched."""
+        """The tensor, read only; where the file has it as it is, a view whose pages are read when touched."""
         ...
 
     def release(self, name: str) -> None:
-        """Give the pages of `name` back to the system; views of it stay valid and are read again if touched."""
+        """Give the pages of `name` back to the system; views of it stay valid, read again when touched."""
         ...
 
     def fingerprint(self) -> str:
@@ -86,8 +86,11 @@ class Source(Protocol):
     def tokenizer(self) -> Any: ...
 
     def write_tokenizer(self, folder: Path) -> list[str]:
-        """Put the tokenizer's files into `folder`, byte for byte where the source has them; returns their names."""
+        """Put the tokenizer's files into `folder`, byte for byte where the source has them; their names."""
         ...
+
+    @property
+    def generation_config(self) -> dict[str, Any] | None: ...
 
 
 class SafetensorsFile:
@@ -102,8 +105,8 @@ class SafetensorsFile:
             length = int.from_bytes(f.read(8), "little")
             if length > size - 8:
                 raise UserError(
-                    f"{path}: truncated or not a safetensors file: its header should take {length} bytes, the file "
-                    f"has {size - 8} after the first 8"
+                    f"{path}: truncated or not a safetensors file: its header should take {length} bytes, "
+                    f"the file has {size - 8} after the first 8"
                 )
             raw = f.read(length)
             self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
@@ -123,10 +126,11 @@ class SafetensorsFile:
         for name, kind, shape, first, last in sorted(rows, key=lambda row: row[3:]):
             if kind not in DTYPES:
                 raise UserError(f"{self.path}: {name} has dtype {kind}; supported: {', '.join(FLOATS)}")
-            if first != end or last - first != math.prod(shape) * DTYPES[kind].itemsize or min(shape, default=0) < 0:
+            size_ok = min(shape, default=0) >= 0 and last - first == math.prod(shape) * DTYPES[kind].itemsize
+            if first != end or not size_ok:
                 raise UserError(
-                    f"{self.path}: the safetensors header is damaged: {name} ({kind} {list(shape)}) is said to be at "
-                    f"bytes {first}…{last}"
+                    f"{self.path}: the safetensors header is damaged: {name} ({kind} {list(shape)}) is said to "
+                    f"be at bytes {first}…{last}"
                 )
             entries[name], end = (DTYPES[kind], shape, start + first), last
         if start + end != size:
@@ -157,11 +161,12 @@ class HfFolder:
         if self.config.get("quantization_config"):
             method = self.config["quantization_config"].get("quant_method")
             raise UserError(
-                f"{path}/config.json: a quantised checkpoint (quantization_config, quant_method={method!r}) is not "
-                "supported: give the unquantised model, or a GGUF file"
+                f"{path}/config.json: a quantised checkpoint (quantization_config, quant_method={method!r}) "
+                "is not supported: give the unquantised model, or a GGUF file"
             )
         self._files = _weight_files(path)
         self._where = {name: file for file in self._files for name in file.entries}
+        self._digest: str | None = None
 
     def names(self) -> list[str]:
         return list(self._where)
@@ -178,16 +183,28 @@ class HfFolder:
     def release(self, name: str) -> None:
         self._where[name].release(name)
 
-    @functools.cache  # noqa: B019  (a handful of sources live as long as the process)
     def fingerprint(self) -> str:
-        return fingerprint(
-            self.names(), lambda n: (str(self.dtype(n)), self.shape(n)), self.get, self.release
-        )
+        if self._digest is None:
+            with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # sha256 lets go of the GIL
+                lines = pool.map(self._fingerprint_line, sorted(self.names()))
+                self._digest = hashlib.sha256("".join(lines).encode()).hexdigest()
+        return self._digest
+
+    def _fingerprint_line(self, name: str) -> str:
+        digest = hashlib.sha256(self.get(name).reshape(-1).view(np.uint8)).hexdigest()
+        self.release(name)
+        return f"{name} {self.dtype(name)} {self.shape(name)} {digest}\n"
+
+    @property
+    def generation_config(self) -> dict[str, Any] | None:
+        path = self.path / "generation_config.json"
+        return read_json(path) if path.is_file() else None
 
     def tokenizer(self):
         if not any((self.path / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
             raise UserError(
-                f"{self.path}: no tokenizer (tokenizer.json): copy the tokenizer files of the model it was tuned from"
+                f"{self.path}: no tokenizer (tokenizer.json): copy the tokenizer files of the model that it was "
+                "tuned from"
             )
         from transformers import AutoTokenizer  # slow to import
 
@@ -240,8 +257,10 @@ def _weight_files(folder: Path) -> list[SafetensorsFile]:
     if len(found) == 1:
         return [SafetensorsFile(found[0])]
     if found:
-        raise UserError(f"{folder}: {len(found)} .safetensors files and no model.safetensors.index.json: {few(found)}")
-    others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".msgpack", ".h5"))
+        raise UserError(
+            f"{folder}: {len(found)} .safetensors files and no model.safetensors.index.json: {few(found)}"
+        )
+    others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".h5"))
     hint = f"; {few(others)} would have to be saved as safetensors first" if others else ""
     raise UserError(f"{folder}: no weights (model.safetensors){hint}")
 
@@ -251,20 +270,6 @@ def few(names: Iterable, limit: int = 3) -> str:
     names = [n.name if isinstance(n, Path) else str(n) for n in names]
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-def fingerprint(names, describe, get, release) -> str:
-    """sha256 over sorted (name, description, sha256 of the bytes): the same however the tensors are sharded."""
-
-    def one(name):
-        x = np.ascontiguousarray(get(name))
-        digest = hashlib.sha256(x.reshape(-1).view(np.uint8)).hexdigest()
-        release(name)
-        return f"{name} {describe(name)} {digest}\n"
-
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # sha256 lets go of the GIL
-        lines = pool.map(one, sorted(names))
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def open_model(source: str | os.PathLike, revision: str | None = None) -> Source:
@@ -304,7 +309,7 @@ def _from_hub(source: str, revision: str | None) -> Path:
         return Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=HUB_PATTERNS))
     except errors.GatedRepoError:
         raise UserError(
-            f"{source}: gated on the hub: accept its licence on its page, then `hf auth login` or set HF_TOKEN"
+            f"{source}: gated: accept its licence on its page, then `hf auth login` or set HF_TOKEN"
         ) from None
     except errors.RevisionNotFoundError:
         raise UserError(f"{source}: the hub has no revision {revision!r} of it") from None
@@ -312,8 +317,8 @@ def _from_hub(source: str, revision: str | None) -> Path:
         raise UserError(f"{_not_found(source)}, and the hub has no public model of that name") from None
     except Exception as e:  # offline shows as one of a dozen classes of two libraries
         raise UserError(
-            f"{_not_found(source)}, and the hub cannot be reached for it ({type(e).__name__}): download it elsewhere "
-            "and give the folder's path"
+            f"{_not_found(source)}, and the hub cannot be reached for it ({type(e).__name__}): download it "
+            "elsewhere and give the folder's path"
         ) from e
 
 
@@ -328,20 +333,21 @@ def _not_found(source: str) -> str:
 def load_tokenizer(source: Source, *, need_chat_template: bool = False):
     """The source's tokenizer (a transformers PreTrainedTokenizerFast).
 
-    UserError where it has none, where its ids exceed the embedding's rows, and, if asked, where it has no template.
+    UserError where it has none, where its ids exceed the embedding's rows, and, if asked, where it has no
+    template.
     """
     tokenizer = source.tokenizer()
     rows, top = source.config.get("vocab_size"), max(tokenizer.get_vocab().values(), default=-1)
     if rows is not None and top >= rows:
         token = tokenizer.convert_ids_to_tokens(top)
         raise UserError(
-            f"{source.source}: the tokenizer does not fit the model: its id {top} ({token!r}) is beyond the embedding's "
-            f"{rows} rows (config.json: vocab_size)"
+            f"{source.source}: the tokenizer does not fit the model: its id {top} ({token!r}) is beyond the "
+            f"embedding's {rows} rows (config.json: vocab_size)"
         )
     if need_chat_template and not tokenizer.chat_template:
         raise UserError(
-            f"{source.source}: the tokenizer has no chat template, which conversations need: tune the instruct variant "
-            "of the model, or put a chat_template.jinja beside tokenizer.json"
+            f"{source.source}: the tokenizer has no chat template, which conversations need: tune the instruct "
+            "variant of the model, or put a chat_template.jinja beside tokenizer.json"
         )
     return tokenizer
 
@@ -358,17 +364,20 @@ def check_names(source: Source, table: Table) -> None:
         embed = table.names("embed")[0]
         if not np.array_equal(source.get("lm_head.weight"), source.get(embed)):
             raise UserError(
-                f"{source.source}: config.json says tie_word_embeddings=true, yet lm_head.weight differs from {embed}"
+                f"{source.source}: config.json says tie_word_embeddings=true, yet lm_head.weight differs from "
+                f"{embed}"
             )
         extra.remove("lm_head.weight")
     if extra:
         raise UserError(
-            f"{source.source}: {len(extra)} tensors in the weights that a {source.config.get('model_type')} model of "
-            f"this config does not have: {few(extra)}"
+            f"{source.source}: {len(extra)} tensors in the weights that a {source.config.get('model_type')} model "
+            f"of this config does not have: {few(extra)}"
         )
     for name, path in wanted.items():
         if source.dtype(name) not in FLOATS.values():
-            raise UserError(f"{source.source}: {name} is {source.dtype(name)}: quantised weights are not supported")
+            raise UserError(
+                f"{source.source}: {name} is {source.dtype(name)}: quantised weights are not supported"
+            )
         if source.shape(name) != hf_shape(table, path):
             raise UserError(
                 f"{source.source}: {name} has shape {list(source.shape(name))}, config.json makes it "
@@ -376,13 +385,15 @@ def check_names(source: Source, table: Table) -> None:
             )
 
 
-def load_params(source: Source, model: Model, dtype=None, shardings=None, progress: Callable | None = None) -> dict:
+def load_params(
+    source: Source, model: Model, dtype=None, shardings=None, progress: Callable[[str, int], None] | None = None
+) -> dict:
     """The model's parameter tree, each leaf read straight into its sharding.
 
-    Matrices get `dtype` (the checkpoint's unless given), norms and biases float32. `shardings` is a tree like the
-    params' (`weights.shardings`); without it all is on the first device. `progress(path, bytes)` is called a leaf.
-    Host memory peaks at what stays on the host (all of it on CPU) plus one leaf a device kind that copies, plus a
-    tensor. UserError as `check_names`.
+    Matrices get `dtype` (the checkpoint's unless given), norms and biases float32. `shardings` is a tree like
+    the params' (`weights.shardings`); without it all is on the first device. `progress(path, bytes)` is called
+    once a leaf. Over what stays on the host (on CPU all of it) its memory peaks at one leaf's local shards plus
+    a few tensors. UserError as `check_names`.
     """
     table = model.table
     check_names(source, table)
@@ -420,13 +431,14 @@ def _load_leaf(source: Source, table: Table, path: str, dtype: np.dtype, shardin
         done.result()
     # On CPU this takes no copy: an aligned buffer that nobody else holds becomes the array.
     shards = [
-        jax.device_put(buffers[tuple((s.start, s.stop) for s in index)], device) for device, index in where.items()
+        jax.device_put(buffers[tuple((s.start, s.stop) for s in index)], device)
+        for device, index in where.items()
     ]
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Uninitialised, at a 64-byte boundary: what XLA's CPU client asks for to take an array without copying it."""
+    """Uninitialised, at a 64-byte boundary: what XLA's CPU client asks for to take an array without a copy."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -434,7 +446,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _copy(out: np.ndarray, x: np.ndarray, split: int) -> None:
-    """out[...] = x, cast. A transposing copy goes in blocks of rows of the source, which caches like 3× better."""
+    """out[...] = x, cast. A transposing copy goes in blocks of the source's rows: 3 times faster, by caches."""
     if split == 0 or x.ndim <= split:
         out[...] = x
         return
