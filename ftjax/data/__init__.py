@@ -1,1 +1,1 @@
-"""From files of examples to batches: options, formats, template and render, dataset (cache), pack, loader, stream."""
+"""From files of examples to batches: formats, template, render, dataset (the cache), pack, loader, stream."""

@@ -1,4 +1,5 @@
-"""Tokenised data on disk: flat memory-mapped arrays, made once for each file, tokenizer, template and options."""
+"""Tokenised data on disk: flat memory-mapped arrays, made once for a file, tokenizer, template and
+options."""
 
 import errno
 import hashlib
@@ -22,9 +23,16 @@ from ftjax.errors import UserError
 log = logging.getLogger("ftjax")
 
 Progress = Callable[[str, float | None, int], None]
-"""Called now and then while a source is tokenised: its path, the share read (0 to 1, None if unknown), the examples."""
+"""Called now and then while a source is tokenised: its path, the share read (0 to 1 or None), the
+examples."""
 
-_ARRAYS = {"tokens": np.int32, "loss_weight": np.float32, "lengths": np.int32, "lines": np.int64, "hashes": np.uint64}
+_ARRAYS = {
+    "tokens": np.int32,
+    "loss_weight": np.float32,
+    "lengths": np.int32,
+    "lines": np.int64,
+    "hashes": np.uint64,
+}
 _CHUNK = 256  # examples tokenised at once: enough to keep the tokenizer's threads busy
 
 
@@ -55,7 +63,9 @@ class Report:
         self.rows += 1
         if isinstance(result, BadExample):
             if on_bad == "error":
-                raise UserError(f"{result}\n(`on_bad: drop` leaves such examples out and counts them.)") from result
+                raise UserError(
+                    f"{result}\n(`on_bad: drop` leaves such examples out and counts them.)"
+                ) from result
             self.drops[result.reason] = self.drops.get(result.reason, 0) + 1
             self.first_drop.setdefault(result.reason, str(result))
             return []
@@ -80,7 +90,8 @@ def effective_on_bad(options: DataOptions, result: Any) -> str:
 
 
 class Store:
-    """One tokenised source: unit i is documents [i·k, (i+1)·k) with k = documents_per_unit (2 for preference pairs)."""
+    """One tokenised source: unit i is documents [i·k, (i+1)·k), k = documents_per_unit (2 for preference
+    pairs)."""
 
     def __init__(self, folder: Path):
         meta = json.loads((folder / "meta.json").read_text())
@@ -95,9 +106,13 @@ class Store:
         self.tokens, self.loss_weight = arrays["tokens"], arrays["loss_weight"]
         self.lines, self.hashes = arrays["lines"], arrays["hashes"]
         self._starts = np.concatenate([[0], np.cumsum(arrays["lengths"], dtype=np.int64)])
-        self.unit_lengths: np.ndarray = np.add.reduceat(
-            arrays["lengths"], np.arange(0, len(arrays["lengths"]), self.documents_per_unit)
-        ).astype(np.int32) if len(arrays["lengths"]) else np.empty(0, np.int32)
+        self.unit_lengths: np.ndarray = (
+            np.add.reduceat(
+                arrays["lengths"], np.arange(0, len(arrays["lengths"]), self.documents_per_unit)
+            ).astype(np.int32)
+            if len(arrays["lengths"])
+            else np.empty(0, np.int32)
+        )
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -182,7 +197,9 @@ def load(options: DataOptions, tokenizer, progress: Progress | None = None) -> D
     renderer = make_renderer(options, tokenizer)
     training = sources(options.train)
     stores = [] if options.streaming else [tokenise(s, renderer, options, progress) for s in training]
-    held_out = [tokenise(s, renderer, options, progress) for s in sources(options.eval)] if options.eval else []
+    held_out = (
+        [tokenise(s, renderer, options, progress) for s in sources(options.eval)] if options.eval else []
+    )
     kinds = {s.documents_per_unit for s in stores + held_out}
     if len(kinds) > 1:
         listed = ", ".join(f"{s.report.source} ({s.report.format})" for s in stores + held_out)
@@ -206,8 +223,8 @@ def load(options: DataOptions, tokenizer, progress: Progress | None = None) -> D
     elif threshold:
         if not sum(map(len, chosen)):
             raise UserError(
-                f"data.eval_fraction {options.eval_fraction} of {sum(map(len, stores))} examples leaves none to "
-                "evaluate on; raise it or give data.eval"
+                f"data.eval_fraction {options.eval_fraction} of {sum(map(len, stores))} examples leaves none "
+                "to evaluate on; raise it or give data.eval"
             )
         evaluation = Units(stores, chosen)
     return Data(train, evaluation, [s.report for s in stores + held_out], renderer)
@@ -222,10 +239,14 @@ def check(options: DataOptions) -> None:
     if options.eval and options.eval_fraction:
         raise UserError("data: give eval or eval_fraction, not both")
     if options.streaming and options.eval_fraction:
-        raise UserError("data: eval_fraction needs data that is tokenised first; with streaming give data.eval")
+        raise UserError(
+            "data: eval_fraction needs data that is tokenised first; with streaming give data.eval"
+        )
     if options.buckets:
         if options.packing != "none":
-            raise UserError(f'data.buckets has no effect with packing "{options.packing}"; set packing to "none"')
+            raise UserError(
+                f'data.buckets has no effect with packing "{options.packing}"; set packing to "none"'
+            )
         if sorted(set(options.buckets)) != list(options.buckets) or options.buckets[0] < 1:
             raise UserError(f"data.buckets {list(options.buckets)} has to grow, from 1 at least")
         if options.buckets[-1] != options.max_length:
@@ -234,10 +255,12 @@ def check(options: DataOptions) -> None:
                 "they have to be equal"
             )
     if options.streaming and options.packing == "none":
-        raise UserError('data: streaming packs as it reads; packing "none" needs data that is tokenised first')
+        raise UserError(
+            'data: streaming packs as it reads; packing "none" needs data that is tokenised first'
+        )
 
 
-# ── the cache ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the cache ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def cache_folder(options: DataOptions) -> Path:
@@ -245,10 +268,22 @@ def cache_folder(options: DataOptions) -> Path:
     return Path(base).expanduser() / "data"
 
 
-def tokenise(source: DataSource, renderer: Renderer, options: DataOptions, progress: Progress | None = None) -> Store:
-    """The source's Store, from the cache or made now, in memory that does not grow with it. Raises UserError."""
-    settings = [source.path, source.format or options.format, source.split, source.name, source.columns, options.on_bad]
-    key = hashlib.sha256(json.dumps([source_digest(source), renderer.fingerprint, settings]).encode()).hexdigest()
+def tokenise(
+    source: DataSource, renderer: Renderer, options: DataOptions, progress: Progress | None = None
+) -> Store:
+    """The source's Store, from the cache or made now, in memory that does not grow with it. Raises
+    UserError."""
+    settings = [
+        source.path,
+        source.format or options.format,
+        source.split,
+        source.name,
+        source.columns,
+        options.on_bad,
+    ]
+    key = hashlib.sha256(
+        json.dumps([source_digest(source), renderer.fingerprint, settings]).encode()
+    ).hexdigest()
     folder = cache_folder(options) / key[:32]
     if folder.exists():
         try:
@@ -262,7 +297,9 @@ def tokenise(source: DataSource, renderer: Renderer, options: DataOptions, progr
         folder.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
     except OSError as e:
-        raise UserError(f"can't write to {folder.parent}: {e.strerror}; set FTJAX_CACHE or data.cache_dir") from e
+        raise UserError(
+            f"can't write to {folder.parent}: {e.strerror}; set FTJAX_CACHE or data.cache_dir"
+        ) from e
     try:
         _write(beside, source, renderer, options, progress)
         try:
@@ -272,14 +309,18 @@ def tokenise(source: DataSource, renderer: Renderer, options: DataOptions, progr
                 raise
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"the disk of {folder.parent} is full; free some space, or set FTJAX_CACHE") from e
+            raise UserError(
+                f"the disk of {folder.parent} is full; free some space, or set FTJAX_CACHE"
+            ) from e
         raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return Store(folder)
 
 
-def _write(folder: Path, source: DataSource, renderer: Renderer, options: DataOptions, progress: Progress | None):
+def _write(
+    folder: Path, source: DataSource, renderer: Renderer, options: DataOptions, progress: Progress | None
+):
     report = Report(source.path)
     seen: list[str] = []
     counts = dict.fromkeys(_ARRAYS, 0)

@@ -28,10 +28,10 @@ class BadExample(UserError):
 class Example:
     """What one row asks for.
 
-    kind "chat" has `messages` (and `tools`); "text" has `text`; "preference" has the shared `messages` and the
-    two continuations `chosen` and `rejected`. Prompt–completion rows are chats that also keep their `raw` strings
-    (prompt, completion) for tokenizers without a chat template; preference rows of strings likewise
-    (prompt, chosen, rejected).
+    kind "chat" has `messages` (and `tools`); "text" has `text`; "preference" has the shared `messages` and
+    the two continuations `chosen` and `rejected`. Prompt–completion rows are chats that also keep their
+    `raw` strings (prompt, completion) for tokenizers without a chat template; preference rows of strings
+    likewise (prompt, chosen, rejected).
     """
 
     where: str
@@ -45,7 +45,8 @@ class Example:
 
 
 class Row(NamedTuple):
-    """One record: its 1-based line (or row number), the values, and how much of the source has been read (0 to 1)."""
+    """One record: its 1-based line (or row number), the values, the share of the source read so far (0 to
+    1)."""
 
     line: int
     values: dict[str, Any]
@@ -67,7 +68,7 @@ _ALIASES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "a
 _DIALOGUE = re.compile(r"\n\n(Human|Assistant):")
 
 
-# ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── reading ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def is_file(source: DataSource) -> bool:
@@ -90,7 +91,9 @@ def rows(source: DataSource, streaming: bool = False) -> Iterator[Row]:
         _must_exist(path)
         reader = _READERS.get(_suffix(path))
         if reader is None:
-            raise UserError(f"{path}: unknown kind of file; readable are {', '.join(_READERS)} (each also with .gz)")
+            raise UserError(
+                f"{path}: unknown kind of file; readable are {', '.join(_READERS)} (each also with .gz)"
+            )
         records = reader(path)
     empty = True
     for row in records:
@@ -142,7 +145,9 @@ def _decode(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise UserError(f"{where}: not UTF-8 text (byte {data[e.start]:#04x}); convert the file to UTF-8") from None
+        raise UserError(
+            f"{where}: not UTF-8 text (byte {data[e.start]:#04x}); convert the file to UTF-8"
+        ) from None
 
 
 def _not_an_object(where: str, value: Any) -> UserError:
@@ -187,7 +192,9 @@ def _json(path: Path) -> Iterator[Row]:
 
     def broken(position: int, message: str) -> UserError:
         column = position - text.rfind("\n", 0, position)
-        return UserError(f"{path}:{text.count(chr(10), 0, position) + 1}: broken JSON at column {column}: {message}")
+        return UserError(
+            f"{path}:{text.count(chr(10), 0, position) + 1}: broken JSON at column {column}: {message}"
+        )
 
     first = True
     while True:
@@ -221,7 +228,9 @@ def _csv(path: Path, delimiter: str = ",") -> Iterator[Row]:
             for values in reader:
                 where = f"{path}:{line}"
                 if None in values or None in values.values():
-                    raise UserError(f"{where}: this row does not have the header's {len(names or [])} columns")
+                    raise UserError(
+                        f"{where}: this row does not have the header's {len(names or [])} columns"
+                    )
                 yield Row(line, dict(values), done())
                 line = reader.line_num + 1
         except UnicodeDecodeError:
@@ -301,7 +310,8 @@ def _dataset_rows(source: DataSource, streaming: bool) -> Iterator[Row]:
 def _from_arrow(values: dict[str, Any], where: str) -> dict[str, Any]:
     """The row without the nulls that Arrow plants where rows of one column have different keys.
 
-    Inside tool calls and tool schemas a planted null can't be told from a meant one, so nulls there are an error.
+    Inside tool calls and tool schemas a planted null can't be told from a meant one: nulls there are an
+    error.
     """
 
     def clean(value: Any, name: str) -> Any:
@@ -325,16 +335,19 @@ def _renamed(values: dict[str, Any], source: DataSource, line: int) -> dict[str,
         if theirs not in values:
             near = difflib.get_close_matches(theirs, list(values), n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(str, values))}"
-            raise UserError(f"{source.path}:{line}: `columns` maps {ours} to {theirs!r}, not in this row; {hint}")
+            raise UserError(
+                f"{source.path}:{line}: `columns` maps {ours} to {theirs!r}, not in this row; {hint}"
+            )
         out[ours] = values[theirs]
     return out
 
 
-# ── formats ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── formats ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def detect(values: dict[str, Any], where: str) -> str:
-    """The name of the row's format, a key of FORMATS; raises UserError saying what was seen and what would be right."""
+    """The name of the row's format, a key of FORMATS; raises UserError listing the keys seen and the
+    formats."""
     keys = set(values)
     if {"preferred_output", "non_preferred_output"} <= keys:
         return "openai_preference"
@@ -355,13 +368,17 @@ def detect(values: dict[str, Any], where: str) -> str:
         return "text"
     known = "\n".join(f"  {name}: {what}" for name, what in FORMATS.items())
     raise UserError(
-        f"{where}: unknown format, with the keys {', '.join(sorted(map(str, keys))) or '(none)'}. Known formats:\n"
+        f"{where}: unknown format, with the keys {', '.join(sorted(map(str, keys))) or '(none)'}. "
+        f"Known formats:\n"
         f"{known}\nOther names can be mapped with `columns`, e.g. {{prompt: question, completion: answer}}."
     )
 
 
 def examples(
-    source: DataSource, format: str | None = None, streaming: bool = False, formats_seen: list[str] | None = None
+    source: DataSource,
+    format: str | None = None,
+    streaming: bool = False,
+    formats_seen: list[str] | None = None,
 ) -> Iterator[tuple[Row, Example | BadExample]]:
     """Each row with its example, or with what is wrong with it (for the caller to raise or count).
 
@@ -383,8 +400,9 @@ def examples(
                 name, first = seen, row
             elif seen != name:
                 raise UserError(
-                    f"{where}: mixed formats: this row is {seen} (keys {_keys(row)}), but the file began as {name} "
-                    f"(line {first.line}, keys {_keys(first)}). Put them in two files, or set `format`."
+                    f"{where}: mixed formats: this row is {seen} (keys {_keys(row)}), but the file began as "
+                    f"{name} (line {first.line}, keys {_keys(first)}). Put them in two files, "
+                    "or set `format`."
                 )
         assert name is not None
         if formats_seen is not None and not formats_seen:
@@ -397,7 +415,9 @@ def examples(
 
 def content_hash(values: dict[str, Any]) -> int:
     """64 bits of a hash of the row, the same on every machine and wherever in a file the row stands."""
-    data = json.dumps(values, sort_keys=True, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
+    data = json.dumps(values, sort_keys=True, ensure_ascii=False, default=str).encode(
+        "utf-8", "surrogatepass"
+    )
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
 
 
@@ -407,7 +427,9 @@ def to_example(values: dict[str, Any], format: str, where: str) -> Example:
     if format == "prompt_completion" and not missing and not {"completion", "response"} & set(values):
         missing = ["completion"]
     if missing:
-        raise BadExample("format", where, f"{', '.join(missing)} missing; {format} rows have {FORMATS[format]}")
+        raise BadExample(
+            "format", where, f"{', '.join(missing)} missing; {format} rows have {FORMATS[format]}"
+        )
     return _CONVERT[format](values, where)
 
 
@@ -472,8 +494,12 @@ def _preference(values, where) -> Example:
     prompt = values.get("prompt")
     if prompt is None:
         if isinstance(chosen, str) or isinstance(rejected, str):
-            raise BadExample("format", where, "chosen and rejected are strings, so the row needs a prompt too")
-        return _pair_of_conversations(conversation(chosen, where), conversation(rejected, where), where, tools)
+            raise BadExample(
+                "format", where, "chosen and rejected are strings, so the row needs a prompt too"
+            )
+        return _pair_of_conversations(
+            conversation(chosen, where), conversation(rejected, where), where, tools
+        )
     asked = _as_messages(prompt, "user", "prompt", where)
     strings = all(isinstance(v, str) for v in (prompt, chosen, rejected))
     return _pair(
@@ -502,15 +528,20 @@ def _openai_preference(values, where) -> Example:
 def _hh(values, where) -> Example:
     def dialogue(text: str, name: str) -> list[dict]:
         if not isinstance(text, str) or not _DIALOGUE.match(text):
-            raise BadExample("format", where, f'{name} has to be a "\\n\\nHuman: … \\n\\nAssistant: …" string')
+            raise BadExample(
+                "format", where, f'{name} has to be a "\\n\\nHuman: … \\n\\nAssistant: …" string'
+            )
         parts = _DIALOGUE.split(text)[1:]
         roles = {"Human": "user", "Assistant": "assistant"}
         turns = [
-            {"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)
+            {"role": roles[who], "content": said.strip()}
+            for who, said in zip(parts[::2], parts[1::2], strict=True)
         ]
         return conversation(turns, where, name)
 
-    return _pair_of_conversations(dialogue(values["chosen"], "chosen"), dialogue(values["rejected"], "rejected"), where)
+    return _pair_of_conversations(
+        dialogue(values["chosen"], "chosen"), dialogue(values["rejected"], "rejected"), where
+    )
 
 
 def _pair_of_conversations(chosen: list[dict], rejected: list[dict], where: str, tools=None) -> Example:
@@ -530,7 +561,9 @@ def _pair_of_conversations(chosen: list[dict], rejected: list[dict], where: str,
 def _pair(prompt, chosen, rejected, where, tools=None, raw=None) -> Example:
     for name, part in (("chosen", chosen), ("rejected", rejected)):
         if not any(m["role"] == "assistant" for m in part):
-            raise BadExample("no_assistant", where, f"{name} has no assistant turn of its own, so nothing to compare")
+            raise BadExample(
+                "no_assistant", where, f"{name} has no assistant turn of its own, so nothing to compare"
+            )
     if chosen == rejected:
         raise BadExample("equal_pair", where, "chosen and rejected are the same")
     context = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in prompt]
@@ -559,11 +592,12 @@ _CONVERT: dict[str, Callable[[dict, str], Example]] = {
 }
 
 
-# ── messages ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── messages ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def conversation(messages: Any, where: str, name: str = "messages") -> list[dict]:
-    """The messages checked and in one form: string contents, dict arguments, `reasoning_content`, float `weight`.
+    """The messages checked and in one form: string contents, dict arguments, `reasoning_content`, float
+    `weight`.
 
     Raises BadExample for a wrong role, an empty content, or a part that is no text.
     """
@@ -587,11 +621,15 @@ def _message(message: Any, name: str, where: str) -> dict:
     out["content"] = _content(message.get("content"), name, where)
     if role != "assistant":
         if out.pop("weight", 0):
-            raise BadExample("wrong_role", where, f"{name} has a weight, but only assistant messages are trained on")
+            raise BadExample(
+                "wrong_role", where, f"{name} has a weight, but only assistant messages are trained on"
+            )
         if not out["content"].strip() and role == "user":
             raise BadExample("empty_content", where, f"{name} ({role}) has an empty content")
         return out
-    thought = next((message[k] for k in ("reasoning_content", "thinking", "reasoning") if message.get(k)), None)
+    thought = next(
+        (message[k] for k in ("reasoning_content", "thinking", "reasoning") if message.get(k)), None
+    )
     if thought is not None:
         out["reasoning_content"] = _content(thought, f"{name}.reasoning_content", where)
     if message.get("tool_calls"):
@@ -621,7 +659,9 @@ def _content(content: Any, name: str, where: str) -> str:
                 parts.append(part["text"])
             else:
                 kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-                raise BadExample("format", where, f"{name}.content has a part of type {kind!r}; only text can be trained")
+                raise BadExample(
+                    "format", where, f"{name}.content has a part of type {kind!r}; only text can be trained"
+                )
         return "".join(parts)
     raise BadExample("format", where, f"{name}.content has to be a string, not {type(content).__name__}")
 
@@ -631,17 +671,27 @@ def _tool_calls(calls: Any, name: str, where: str) -> list[dict]:
     out = []
     for i, call in enumerate(calls if isinstance(calls, list) else [calls]):
         function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-            raise BadExample("format", where, f"{name}.tool_calls[{i}] has to be {{function: {{name, arguments}}}}")
+        if (
+            not isinstance(function, dict)
+            or not isinstance(function.get("name"), str)
+            or not function["name"]
+        ):
+            raise BadExample(
+                "format", where, f"{name}.tool_calls[{i}] has to be {{function: {{name, arguments}}}}"
+            )
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments) if arguments.strip() else {}
             except json.JSONDecodeError as e:
                 raise BadExample(
-                    "format", where, f"{name}.tool_calls[{i}].function.arguments is no JSON: {e.msg} at column {e.colno}"
+                    "format",
+                    where,
+                    f"{name}.tool_calls[{i}].function.arguments is no JSON: {e.msg} at column {e.colno}",
                 ) from None
-        call = {k: v for k, v in call.items() if k != "function" and v is not None} if "function" in call else {}
+        call = (
+            {k: v for k, v in call.items() if k != "function" and v is not None} if "function" in call else {}
+        )
         out.append({"type": "function", **call, "function": {**function, "arguments": arguments}})
     return out
 

@@ -1,12 +1,14 @@
 """Batches from tokenised data: any step's batch is a function of the data, the seed and the step alone.
 
-Training reads one endless stream of rows. An epoch is a plan (pack.py) made from the lengths and (seed, epoch);
-epochs follow one another without a gap, so an epoch's last rows share a batch with the next one's first. Step s
-has the rows [s·R, (s+1)·R) of the stream, R rows a batch; a run resumes from s, on any number of hosts.
+Training reads one endless stream of rows. An epoch is a plan (pack.py) made from the lengths and (seed,
+epoch); epochs follow one another without a gap, so an epoch's last rows share a batch with the next one's
+first. Step s has the rows [s·R, (s+1)·R) of the stream, R rows a batch; a run resumes from s, on any number
+of hosts.
 
 In a mixture with weights, an epoch draws as many units as the sources have together, source i its share by
-weight (the largest remainders rounded up). It takes them from an endless sequence of permutations of the source,
-beginning where the epoch before stopped, so that no unit is drawn twice before all of its source were drawn once.
+weight (the largest remainders rounded up). It takes them from an endless sequence of permutations of the
+source, beginning where the epoch before stopped, so that no unit is drawn twice before all of its source
+were drawn once.
 """
 
 import threading
@@ -28,12 +30,13 @@ _ORDER, _SOURCE, _PACK = 0, 1, 2  # purposes of random numbers
 
 
 class Loader:
-    """Batches {tokens, segments, positions int32, loss_weight float32 [A, B, T]}, and `pairs` float32 [A, B, P] for
-    preference data: 1 where pair i exists, whose chosen and rejected are segments 2i+1 and 2i+2 of the row.
+    """Batches {tokens, segments, positions int32, loss_weight float32 [A, B, T]}, and `pairs` float32 [A,
+    B, P] for preference data: 1 where pair i exists, whose chosen and rejected are segments 2i+1 and 2i+2
+    of the row.
 
-    `batch_size` counts the rows of a step over all hosts, A·B·hosts; each host gets the rows of its part of B.
-    Without `train` the data passes once, in order, and empty rows fill the last batch. Raises UserError where
-    microbatches or hosts do not divide the batch.
+    `batch_size` counts the rows of a step over all hosts, A·B·hosts; each host gets the rows of its part of
+    B. Without `train` the data passes once, in order, and empty rows fill the last batch. Raises UserError
+    where microbatches or hosts do not divide the batch.
     """
 
     def __init__(
@@ -57,7 +60,9 @@ class Loader:
         self._rows = _Rows(units, options, batch_size, seed, train)
         self.pairs_per_row: int | None = None
         if units.documents_per_unit == 2:
-            fitting = np.searchsorted(np.cumsum(np.sort(units.lengths), dtype=np.int64), options.max_length, "right")
+            fitting = np.searchsorted(
+                np.cumsum(np.sort(units.lengths), dtype=np.int64), options.max_length, "right"
+            )
             self.pairs_per_row = 1 if options.packing == "none" else max(1, int(fitting))
             """P: no row of any epoch can hold more."""
         self.shapes: list[int] = list(options.buckets) or [options.max_length]
@@ -109,14 +114,21 @@ def check_batch(batch_size: int, microbatches: int, hosts: int) -> None:
             else f"make the batch a multiple of the {hosts} hosts"
         )
         over = f" on {hosts} hosts" if hosts > 1 else ""
-        raise UserError(f"a batch of {batch_size} rows does not divide into {microbatches} microbatches{over}; {hint}")
+        raise UserError(
+            f"a batch of {batch_size} rows does not divide into {microbatches} microbatches{over}; {hint}"
+        )
 
 
 def fill_row(
-    documents: list[tuple[np.ndarray, np.ndarray]], length: int, pairs: int | None, documents_per_unit: int = 1
+    documents: list[tuple[np.ndarray, np.ndarray]],
+    length: int,
+    pairs: int | None,
+    documents_per_unit: int = 1,
 ) -> dict[str, np.ndarray]:
     """Documents (tokens, loss_weight) one after another in arrays [length], padded with zeros."""
-    row = {name: np.zeros(length, np.int32) for name in ("tokens", "segments", "positions")}
+    row: dict[str, np.ndarray] = {
+        name: np.zeros(length, np.int32) for name in ("tokens", "segments", "positions")
+    }
     weight = np.zeros(length, np.float32)
     at = 0
     for number, (tokens, weights) in enumerate(documents, 1):
@@ -165,7 +177,9 @@ class _Rows:
         self._ends: list[int] = []  # rows up to the end of each epoch planned so far
         self._lock = threading.RLock()
         if int(units.lengths.max()) > options.max_length:
-            raise UserError(f"a unit of {units.lengths.max()} tokens does not fit max_length {options.max_length}")
+            raise UserError(
+                f"a unit of {units.lengths.max()} tokens does not fit max_length {options.max_length}"
+            )
 
     def row(self, number: int) -> tuple[np.ndarray, int]:
         if not self._train and number >= self.count(0):
@@ -196,7 +210,9 @@ class _Rows:
     def stats(self) -> dict[str, Any]:
         if self._packing == "none" and self._train and len(self._units) < self._batch:
             # No batch ends in the first epoch, so it has no plan of its own.
-            plan = bucketed(np.arange(len(self._units)), self._units.lengths, self._buckets, self._batch, None)
+            plan = bucketed(
+                np.arange(len(self._units)), self._units.lengths, self._buckets, self._batch, None
+            )
         else:
             plan = self._plan(0)
         tokens = int(self._units.lengths[plan.units].sum())

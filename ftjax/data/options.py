@@ -11,7 +11,8 @@ class DataSource:
     __pydantic_config__: ClassVar = {"extra": "forbid", "use_attribute_docstrings": True}
 
     path: str
-    """A .jsonl, .json, .csv, .parquet or .txt file (.gz too), or the id or folder of a `datasets` data set."""
+    """A .jsonl, .json, .csv, .parquet or .txt file (.gz too), or the id or folder of a `datasets` data
+    set."""
     weight: float | None = None
     """Share of the documents drawn from this source; give it for every source or for none."""
     format: str | None = None
@@ -50,11 +51,13 @@ class DataOptions:
     on_bad: Literal["error", "drop"] = "error"
     """Stop at the first example that can't be trained on, or leave such examples out and count them."""
     chat_template: str | None = None
-    """A Jinja file used instead of the tokenizer's template, or "none" to join prompt and completion as they are."""
+    """A Jinja file used instead of the tokenizer's template, or "none" to join prompt and completion as
+    they are."""
     template_args: dict[str, Any] = field(default_factory=dict)
     """Variables handed to the template, e.g. {enable_thinking: false}."""
     template_date: str = "2024-07-26"
-    """The date (YYYY-MM-DD) that templates printing today's see, so that masks and caches do not change daily."""
+    """The date (YYYY-MM-DD) that templates printing today's see, so that masks and caches do not change
+    daily."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Loss on every assistant turn, on the last one only, or on every token."""
     shuffle: bool = True

@@ -7,7 +7,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Plan:
-    """Rows of units: row r has units[starts[r] : starts[r + 1]], and is `lengths[r]` tokens long, padding included."""
+    """Rows of units: row r has units[starts[r] : starts[r + 1]], and is `lengths[r]` tokens long, padding
+    included."""
 
     units: np.ndarray
     starts: np.ndarray
@@ -21,9 +22,11 @@ class Plan:
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Row number of each length, in turn put into the row it fills best; give lengths in decreasing order for least waste.
+    """Row number of each length, in turn put into the row it fills best; give lengths in decreasing order
+    for least waste.
 
-    The open rows' free spaces are the set bits of one integer, so the best row is found by its lowest set bit.
+    The open rows' free spaces are the set bits of one integer, so the best row is found by its lowest set
+    bit.
     """
     rows = np.empty(len(lengths), np.int64)
     by_space: list[list[int]] = [[] for _ in range(capacity + 1)]
@@ -51,11 +54,13 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
 def first_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """Row number of each length, in turn put into the earliest row with space for it.
 
-    A binary tree over the rows keeps the largest free space below each node; rows not opened yet have all of it.
+    A binary tree over the rows keeps the largest free space below each node; rows not opened yet have all
+    of it.
     """
     rows = np.empty(len(lengths), np.int64)
     size = 1
-    while size * capacity < 2 * int(lengths.sum()) + capacity:  # at most one row is half empty: this is enough
+    # At most one row is half empty, so this many rows are enough.
+    while size * capacity < 2 * int(lengths.sum()) + capacity:
         size *= 2
     tree = [capacity] * (2 * size)
     for i, length in enumerate(lengths.tolist()):
@@ -85,7 +90,8 @@ def pack(
 ) -> Plan:
     """The units of `order` (indices into `lengths`) in rows of `capacity`, "best_fit" or "first_fit".
 
-    With `random`, rows come shuffled; without, in the order in which they were opened, and units in the order given.
+    With `random`, rows come shuffled; without, in the order in which they were opened, and units in the
+    order given.
     """
     if random is not None and packing == "best_fit":
         order = order[np.argsort(-lengths[order], kind="stable")]
@@ -108,9 +114,9 @@ def bucketed(
 ) -> Plan:
     """One unit a row, in batches of `batch` rows that all have one bucket's length.
 
-    What does not fill a batch of its bucket goes to the next larger one; what is left in the last one (only where
-    `batch` does not divide the number of units) makes a short batch. With `pad` it stays in its own bucket and
-    empty rows fill its batch. Batches are shuffled with `random`.
+    What does not fill a batch of its bucket goes to the next larger one; what is left in the last one (only
+    where `batch` does not divide the number of units) makes a short batch. With `pad` it stays in its own
+    bucket and empty rows fill its batch. Batches are shuffled with `random`.
     """
     which = np.searchsorted(buckets, lengths[order])
     groups: list[tuple[np.ndarray, int]] = []

@@ -1,9 +1,10 @@
 """Examples to tokens and loss weights.
 
-A conversation is rendered once by the tokenizer's own template and tokenised once. What is trained is a set of
-character spans of that text: for each assistant turn, from where the generation prompt ends (what a server would
-have put before the model starts writing) to the end-of-turn token, that one included. Everything the model has to
-write itself is in it: the reasoning and its tags, the tool calls and the syntax around them.
+A conversation is rendered once by the tokenizer's own template and tokenised once. What is trained is a set
+of character spans of that text: for each assistant turn, from where the generation prompt ends (what a
+server would have put before the model starts writing) to the end-of-turn token, that one included.
+Everything the model has to write itself is in it: the reasoning and its tags, the tool calls and the syntax
+around them.
 
 The spans come from a second render with marks around each assistant part (or from the template's
 `{% generation %}`); without its marks the second render has to equal the first, else the example is refused.
@@ -11,13 +12,15 @@ What a template inserts by itself before an answer, like Qwen3's empty <think> b
 does not hold it, and a server adds it to the prompt.
 
 A token that straddles the beginning of a span is not trained, since part of it belongs to the prompt, where a
-server would have tokenised it differently; one that begins inside a span is trained, even where it ends beyond.
+server would have tokenised it differently; one that begins inside a span is trained, even where it ends
+beyond.
 """
 
 import hashlib
 import json
 import re
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,8 +75,8 @@ class _Draft:
 class Renderer:
     """Renders examples for one tokenizer (a fast one of `transformers`) and one set of options.
 
-    `chat_template` is Jinja source replacing the tokenizer's own, or "none". Raises UserError for a tokenizer that
-    is not a fast one and for a broken template.
+    `chat_template` is Jinja source replacing the tokenizer's own, or "none". Raises UserError for a
+    tokenizer that is not a fast one and for a broken template.
     """
 
     def __init__(
@@ -100,9 +103,13 @@ class Renderer:
         self.eos: int | None = tokenizer.eos_token_id
         self.bos: int | None = tokenizer.bos_token_id
         added = backend.get_added_tokens_decoder()
-        self._special = {i for i, t in added.items() if t.special} | {i for i in (self.eos, self.bos) if i is not None}
+        self._special = {i for i, t in added.items() if t.special} | {
+            i for i in (self.eos, self.bos) if i is not None
+        }
         contents = [added[i].content for i in self._special if i in added]
-        self._control = re.compile("|".join(map(re.escape, sorted(contents, key=len, reverse=True))) or r"(?!)")
+        self._control = re.compile(
+            "|".join(map(re.escape, sorted(contents, key=len, reverse=True))) or r"(?!)"
+        )
         self._control_first = frozenset(c[0] for c in contents if c)
         start = backend.encode("", add_special_tokens=True).ids
         self._text_prefix = start[:1] if start and start[0] == self.bos and self.bos != self.eos else []
@@ -117,24 +124,36 @@ class Renderer:
             except (jinja2.TemplateError, ValueError) as e:
                 raise UserError(f"the chat template can't be used: {e}") from None
         self._prompts = self._generation_prompts(set(template_args or {}))
-        self._openers = {i for p in self._prompts if (ids := self._ids(p)) for i in ids[:1] if i in self._special}
+        self._openers = {
+            i for p in self._prompts if (ids := self._ids(p)) for i in ids[:1] if i in self._special
+        }
         if self.bos is not None and self.bos != self.eos:
             self._openers.add(self.bos)
         self.stop_tokens: frozenset[int] = frozenset(self._find_stop_tokens())
         """Ids that end an assistant turn, the tokenizer's end-of-sequence token among them."""
-        settings = [RENDERER_VERSION, source, template_args or {}, template_date, train_on, max_length, overlong]
+        settings = [
+            RENDERER_VERSION,
+            source,
+            template_args or {},
+            template_date,
+            train_on,
+            max_length,
+            overlong,
+        ]
         digest = hashlib.sha256(backend.to_str().encode())
-        digest.update(json.dumps([settings, tokenizer.special_tokens_map], sort_keys=True, default=str).encode())
+        digest.update(
+            json.dumps([settings, tokenizer.special_tokens_map], sort_keys=True, default=str).encode()
+        )
         self.fingerprint: str = digest.hexdigest()
         """Changes with anything the tokens and weights depend on, except the example."""
 
-    # ── what callers use ─────────────────────────────────────────────────────────────────────────────────────
+    # ── what callers use ──────────────────────────────────────────────────────────────────────────
 
     def units(self, batch: list[Example]) -> list[list[tuple[Rendered, ...]] | BadExample]:
         """Each example's units, or what is wrong with it.
 
-        A unit is what stays together in one row: one document, or a pair (chosen, rejected). An example is one
-        unit, except for a long text under overlong="split".
+        A unit is what stays together in one row: one document, or a pair (chosen, rejected). An example is
+        one unit, except for a long text under overlong="split".
         """
         drafts: list[tuple[_Draft, ...] | BadExample] = []
         for example in batch:
@@ -164,7 +183,8 @@ class Renderer:
         return document
 
     def render_pair(self, example: Example) -> tuple[Rendered, Rendered]:
-        """A preference example as (chosen, rejected), the shared prompt untrained in both; raises BadExample."""
+        """A preference example as (chosen, rejected), the shared prompt untrained in both; raises
+        BadExample."""
         (documents,) = self._only(example)
         chosen, rejected = documents
         return chosen, rejected
@@ -181,13 +201,15 @@ class Renderer:
             raise result
         return result
 
-    # ── drafts: text and spans ───────────────────────────────────────────────────────────────────────────────
+    # ── drafts: text and spans ────────────────────────────────────────────────────────────────────
 
     def _drafts(self, example: Example) -> tuple[_Draft, ...]:
         if example.kind == "text":
             self._refuse_control(example.text, "text", example.where)
             whole = _Span(0, len(example.text), 1.0, "given")
-            return (_Draft(example.where, example.text, [whole], self._text_prefix, self._eos_for(example.where)),)
+            return (
+                _Draft(example.where, example.text, [whole], self._text_prefix, self._eos_for(example.where)),
+            )
         if self.template is None:
             return self._raw(example)
         if example.kind == "preference":
@@ -207,7 +229,9 @@ class Renderer:
             text = prompt + completion
             self._refuse_control(text, "the row", example.where)
             span = _Span(0 if self.train_on == "all" else len(prompt), len(text), 1.0, "given")
-            drafts.append(_Draft(example.where, text, [span], self._text_prefix, self._eos_for(example.where)))
+            drafts.append(
+                _Draft(example.where, text, [span], self._text_prefix, self._eos_for(example.where))
+            )
         return tuple(drafts)
 
     def _chat(self, example: Example) -> _Draft:
@@ -221,9 +245,12 @@ class Renderer:
             weights = {i: w if i == answers[-1] else 0.0 for i, w in weights.items()}
         plane = free_plane(_strings([messages, example.tools]))
         if plane is None:
-            raise BadExample("template", where, "characters of both private-use planes leave none to mark the text with")
+            raise BadExample(
+                "template", where, "characters of both private-use planes leave none to mark the text with"
+            )
         forms = [messages]
-        if any(m.get("tool_calls") for m in messages):  # most templates want dict arguments, a few JSON strings
+        if any(m.get("tool_calls") for m in messages):
+            # Most templates want dict arguments, a few JSON strings.
             forms.append(_string_arguments(messages))
         for last, form in zip([False] * (len(forms) - 1) + [True], forms, strict=True):
             try:
@@ -231,7 +258,9 @@ class Renderer:
                 break
             except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError) as e:
                 if last:
-                    raise BadExample("template", where, f"the chat template refuses these messages: {e}") from None
+                    raise BadExample(
+                        "template", where, f"the chat template refuses these messages: {e}"
+                    ) from None
         draft = _Draft(where, text, [])
         if example.tools and not any(str(t.get("function", t).get("name")) in text for t in example.tools):
             draft.notes.append("the chat template does not show the row's `tools`")
@@ -265,7 +294,9 @@ class Renderer:
                 "so their different weights can't be told apart",
             )
         return [
-            _Span(a, b, w, "inside", bound=len(text)) for a, b, w in zip(begins, ends, each, strict=True) if b > a
+            _Span(a, b, w, "inside", bound=len(text))
+            for a, b, w in zip(begins, ends, each, strict=True)
+            if b > a
         ]
 
     def _marked_spans(self, messages, tools, text, weights, plane, draft: _Draft) -> list[_Span]:
@@ -289,7 +320,9 @@ class Renderer:
             if not begins and not ends:
                 if kind == "tool call" and weights[index]:
                     raise BadExample(
-                        "template", draft.where, f"the chat template does not show the tool calls of messages[{index}]"
+                        "template",
+                        draft.where,
+                        f"the chat template does not show the tool calls of messages[{index}]",
                     )
                 if weights[index]:  # as Qwen3 does with the thinking of earlier turns
                     draft.notes.append(f"the template leaves out the {kind} of some assistant messages")
@@ -308,9 +341,13 @@ class Renderer:
         hidden = [i for i, turn in turns.items() if not turn and weights[i]]
         if hidden:
             raise BadExample(
-                "template", draft.where, f"the chat template shows nothing of the assistant's messages[{hidden[0]}]"
+                "template",
+                draft.where,
+                f"the chat template shows nothing of the assistant's messages[{hidden[0]}]",
             )
-        stops = sorted([turn[0][0] for turn in turns.values() if turn] + [p for b in bounds for p in places.get(b, [])])
+        stops = sorted(
+            [turn[0][0] for turn in turns.values() if turn] + [p for b in bounds for p in places.get(b, [])]
+        )
         spans, low = [], 0
         for index, turn in sorted(turns.items()):
             if not turn:
@@ -325,7 +362,9 @@ class Renderer:
             low = last_end
         return spans
 
-    def _turn_begin(self, messages, tools, index, text, low, first: tuple[int, int, str], draft: _Draft) -> int:
+    def _turn_begin(
+        self, messages, tools, index, text, low, first: tuple[int, int, str], draft: _Draft
+    ) -> int:
         """Where the generation prompt ends and the model begins to write."""
         shown, _, kind = first
         ends = [at + len(p) for p in self._prompts if (at := text.rfind(p, low, shown)) >= 0]
@@ -341,19 +380,22 @@ class Renderer:
             inserted = text[after:shown]
             if kind != "content" or not inserted.strip():
                 return after
-            draft.notes.append(f"the template inserts {inserted!r} before answers; it is not trained, so serve with it")
+            draft.notes.append(
+                f"the template inserts {inserted!r} before answers; it is not trained, so serve with it"
+            )
             return shown
         if kind == "content":
             return shown
         raise BadExample(
             "template",
             draft.where,
-            f"can't tell where the model begins to write messages[{index}]: the generation prompt is not found "
-            f"before its {kind}, near {text[max(0, shown - 60) : shown + 20]!r}",
+            f"can't tell where the model begins to write messages[{index}]: the generation prompt is not "
+            f"found before its {kind}, near {text[max(0, shown - 60) : shown + 20]!r}",
         )
 
     def _generation_prompts(self, argument_names: set[str]) -> list[str]:
-        """What the template adds for the model to write after: with the user's arguments, and without thinking set.
+        """What the template adds for the model to write after: with the user's arguments, and without
+        thinking set.
 
         Earlier turns of a conversation are often shown without what the user's arguments add to the last.
         """
@@ -383,15 +425,18 @@ class Renderer:
         trained = document.tokens[document.loss_weight > 0].tolist()
         return stops | {i for i in trained[-2:] if i in self._special}
 
-    # ── tokens and weights ───────────────────────────────────────────────────────────────────────────────────
+    # ── tokens and weights ────────────────────────────────────────────────────────────────────────
 
     def _finish(self, draft: _Draft, encoding) -> Rendered:
         ids = encoding.ids
         offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-        # Some tokenizers leave a token's leading space out of its offsets: it begins where the one before ends.
+        # Some tokenizers leave a token's leading space out of its offsets: it begins where the one before
+        # ends.
         before = np.concatenate([[0], np.maximum.accumulate(offsets[:, 1])])[: len(ids)]
         begins, ends = np.minimum(offsets[:, 0], before), offsets[:, 1]
-        special = [(int(b), int(e), i) for b, e, i in zip(begins, ends, ids, strict=True) if i in self._special]
+        special = [
+            (int(b), int(e), i) for b, e, i in zip(begins, ends, ids, strict=True) if i in self._special
+        ]
         weight = np.zeros(len(ids), np.float32)
         for span in draft.spans:
             end = self._turn_end(span, draft, special)
@@ -403,16 +448,19 @@ class Renderer:
             raise BadExample(
                 "doubled_bos",
                 draft.where,
-                f"the text begins with {self.tokenizer.bos_token!r} twice: the template and the data both give it",
+                f"the text begins with {self.tokenizer.bos_token!r} twice: both template and data give it",
             )
         if len(weight):
             weight[0] = 0.0  # nothing comes before the first token to predict it from
         if not weight.any():
-            raise BadExample("nothing_to_train", draft.where, "no token has a loss weight, so there is nothing to train on")
+            raise BadExample(
+                "nothing_to_train", draft.where, "no token has a loss weight, so there is nothing to train on"
+            )
         return Rendered(tokens, weight, notes=tuple(dict.fromkeys(draft.notes)))
 
     def _turn_end(self, span: _Span, draft: _Draft, special: list[tuple[int, int, int]]) -> int:
-        """Where the turn's end-of-turn token ends; raises BadExample where there is none, naming the place."""
+        """Where the turn's end-of-turn token ends; raises BadExample where there is none, naming the
+        place."""
         if span.stop == "given":
             return span.end
         text = draft.text
@@ -431,8 +479,9 @@ class Renderer:
         raise BadExample(
             "no_end_of_turn",
             draft.where,
-            f"no end-of-turn token follows the answer, near {text[max(span.begin, span.end - 40) : span.end + 40]!r}, "
-            "so the model would not learn to stop; the template should put one there",
+            "no end-of-turn token follows the answer, near "
+            f"{text[max(span.begin, span.end - 40) : span.end + 40]!r}, so the model "
+            "would not learn to stop; the template should put one there",
         )
 
     def _fit(self, documents: tuple[Rendered, ...], where: str) -> list[tuple[Rendered, ...]]:
@@ -463,21 +512,23 @@ class Renderer:
             )
         return [cut]
 
-    # ── small things ─────────────────────────────────────────────────────────────────────────────────────────
+    # ── small things ──────────────────────────────────────────────────────────────────────────────
 
     def _ids(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def _eos_for(self, where: str) -> list[int]:
         if self.eos is None:
-            raise UserError(f"{where}: the tokenizer has no end-of-sequence token, so a model could not learn to stop")
+            raise UserError(
+                f"{where}: the tokenizer has no end-of-sequence token, so a model could not learn to stop"
+            )
         return [self.eos]
 
     def _no_template(self, where: str) -> UserError:
         return UserError(
-            f"{where}: the tokenizer has no chat template (a base model?), so a conversation can't be rendered. "
-            "Set data.chat_template to a Jinja file (for example the chat_template.jinja of the model's instruct "
-            "version), or give the data as prompt and completion strings."
+            f"{where}: the tokenizer has no chat template (a base model?), so a conversation can't be "
+            "rendered. Set data.chat_template to a Jinja file (for example the chat_template.jinja of the "
+            "model's instruct version), or give the data as prompt and completion strings."
         )
 
     def _refuse_control(self, text: str, name: str, where: str) -> None:
@@ -490,7 +541,7 @@ class Renderer:
 
 
 def render(example: Example, tokenizer, **options) -> Rendered:
-    """The example's tokens and loss weights; for more than a few examples make one Renderer. Raises BadExample."""
+    """The example's tokens and loss weights; for more than a few make one Renderer. Raises BadExample."""
     return Renderer(tokenizer, **options).render(example)
 
 
@@ -505,8 +556,8 @@ def read_template(setting: str | None) -> str | None:
 
 
 _PROBE: list[dict] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
-# How to mark a tool call (by its name, or by a string among its arguments, for templates that look the name up)
-# and whether to mark the message after it; the first whose render is otherwise unchanged is used.
+# How to mark a tool call (by its name, or by a string among its arguments, for templates that look the name
+# up) and whether to mark the message after it; the first whose render is otherwise unchanged is used.
 _STRATEGIES = [("name", True), ("name", False), ("arguments", True), ("arguments", False)]
 
 
@@ -542,7 +593,7 @@ def _string_arguments(messages: list[dict]) -> list[dict]:
 
 
 def _marked(messages: list[dict], plane: range, call_by: str, mark_next: bool):
-    """The messages with marks, the parts [(message, kind, mark)], and the marks that only say where a message is.
+    """The messages with marks, the parts [(message, kind, mark)], and the marks that only say where one is.
 
     Marks stand inside of the white space at a part's ends, so that trimming finds what it would have found.
     """
@@ -589,7 +640,8 @@ def _marked(messages: list[dict], plane: range, call_by: str, mark_next: bool):
                 if call_by == "name":
                     function["name"] = around(function["name"], index, "tool call")
                 else:
-                    function["arguments"] = _mark_leaf(function["arguments"], lambda s: around(s, index, "tool call"))
+                    mark = partial(around, index=index, kind="tool call")
+                    function["arguments"] = _mark_leaf(function["arguments"], mark)
                 calls.append({**call, "function": function})
             message["tool_calls"] = calls
         after_call = bool(message.get("tool_calls"))
@@ -618,7 +670,9 @@ def _mark_leaf(value: Any, mark):
 
 
 def _changed(where: str, text: str, clean: str) -> BadExample:
-    at = next((i for i, (a, b) in enumerate(zip(text, clean, strict=False)) if a != b), min(len(text), len(clean)))
+    at = next(
+        (i for i, (a, b) in enumerate(zip(text, clean, strict=False)) if a != b), min(len(text), len(clean))
+    )
     return BadExample(
         "template",
         where,
@@ -653,7 +707,7 @@ def _windows(document: Rendered, limit: int) -> list[Rendered]:
 
 
 def _shares(lengths: list[int], limit: int) -> list[int]:
-    """How much of each document to keep so that together they have `limit` tokens, the longer giving way first."""
+    """How much of each document to keep, together `limit` tokens, the longer giving way first."""
     if len(lengths) == 1:
         return [min(lengths[0], limit)]
     a, b = lengths

@@ -1,7 +1,7 @@
 """Batches from data that is read while training, for sources too large to tokenise first.
 
-Rows are packed as examples arrive. There is no plan, so nothing but reading says where row n begins: resuming at
-step s reads and packs everything before it again, and only on as many hosts as before gives the same rows.
+Rows are packed as examples arrive. There is no plan, so nothing but reading says where row n begins: resuming
+at step s reads and packs everything before it again, and only as many hosts as before get the same rows.
 """
 
 import logging
@@ -35,7 +35,7 @@ class _OpenRow:
 class StreamLoader:
     """Endless batches like Loader's; the data starts over when it ends.
 
-    With weights, each example's source is drawn by its weight; without, the sources are read one after another.
+    With weights, each example's source is drawn by its weight; without, they are read one after another.
     Example i of a source goes to host i mod hosts.
     """
 
@@ -93,7 +93,9 @@ class StreamLoader:
         per_unit = 1 if self.pairs_per_row is None else 2
         filled = [fill_row(r.documents, self.options.max_length, self.pairs_per_row, per_unit) for r in rows]
         return {
-            name: np.stack([r[name] for r in filled]).reshape(self.microbatches, len(rows) // self.microbatches, -1)
+            name: np.stack([r[name] for r in filled]).reshape(
+                self.microbatches, len(rows) // self.microbatches, -1
+            )
             for name in filled[0]
         }
 
@@ -104,7 +106,7 @@ class StreamLoader:
         for unit, where in self._units():
             size = sum(len(d.tokens) for d in unit)
             if len(unit) == 2 and self.pairs_per_row is None:
-                # What the shortest pair will be is not known: pairs of 16 tokens are the least that P allows for.
+                # The shortest pair to come is not known: P allows for pairs of 16 tokens on average.
                 self.pairs_per_row = max(1, length // 16)
             full = self.pairs_per_row is not None
             row = next(

@@ -1,4 +1,4 @@
-"""Chat templates: the tokenizer's own Jinja, run with a fixed date and with marks that say where a text came from."""
+"""Chat templates: the tokenizer's own Jinja, run with a fixed date and with marks in the text."""
 
 import datetime
 import json
@@ -10,13 +10,13 @@ import jinja2.ext
 import jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-# The places a second render is marked with: characters of the private-use planes, one for each, so that a mark
+# The marks of a second render: characters of the private-use planes, one for each place, so that a mark
 # survives whatever a template does to a string and never looks like text.
 PLANES = (range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %} … {% endgeneration %}`: the tag that says which part of a template the model writes."""
+    """`{% generation %} … {% endgeneration %}`: the tag around what the model writes."""
 
     tags = {"generation"}
 
@@ -44,7 +44,7 @@ def _raise(message: str):
 class ChatTemplate:
     """A compiled template with the variables every render gets (special tokens, the user's arguments).
 
-    `date` (YYYY-MM-DD) is what `strftime_now` sees: today's would make every render, mask and cache change daily.
+    `date` (YYYY-MM-DD) is what `strftime_now` sees: today's would change every render and cache daily.
     """
 
     def __init__(self, source: str, variables: dict[str, Any], date: str):
@@ -92,7 +92,7 @@ def _tags(environment: jinja2.Environment, source: str) -> set[str]:
 
 
 def unmark(text: str, plane: range) -> tuple[str, dict[int, list[int]]]:
-    """The text without the marks of a plane, and where each mark (counted from the plane's start) stood in it."""
+    """The text without the marks of a plane, and where in it each mark (its number in the plane) stood."""
     kept: list[str] = []
     places: dict[int, list[int]] = {}
     length = begin = 0

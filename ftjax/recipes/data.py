@@ -2,6 +2,7 @@
 
 import argparse
 from itertools import groupby
+from pathlib import Path
 
 from ftjax.data.options import DataOptions, DataSource
 from ftjax.errors import UserError
@@ -15,14 +16,20 @@ def main(argv: list[str]) -> None:
         "render", help="show examples as tokens, the trained ones in colour, and count what a file comes to"
     )
     render.add_argument("file", help="a .jsonl, .json, .csv, .parquet or .txt file, or the id of a data set")
-    render.add_argument("--model", required=True, help="whose tokenizer and template: a folder, hub id or .gguf file")
+    render.add_argument(
+        "--model", required=True, help="whose tokenizer and template: a folder, hub id or .gguf file"
+    )
     render.add_argument("--n", type=int, default=3, help="how many examples to show (default 3)")
     render.add_argument("--max-length", type=int, default=DataOptions("").max_length, help="tokens in a row")
     render.add_argument("--format", help="the rows' format, where it is not to be detected")
-    render.add_argument("--chat-template", help='a Jinja file instead of the tokenizer\'s template, or "none"')
+    render.add_argument(
+        "--chat-template", help='a Jinja file instead of the tokenizer\'s template, or "none"'
+    )
     render.add_argument("--train-on", choices=["assistant", "last", "all"], default="assistant")
     render.add_argument("--split", help="split of a data set")
-    render.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="rename a column")
+    render.add_argument(
+        "--column", action="append", default=[], metavar="OURS=THEIRS", help="rename a column"
+    )
     arguments = parser.parse_args(argv)
     columns = {}
     for pair in arguments.column:
@@ -49,10 +56,9 @@ def show(source: DataSource, options: DataOptions, model: str, count: int) -> No
 
     from ftjax.data.dataset import Report, make_renderer
     from ftjax.data.formats import BadExample, examples
-    from ftjax.hf import load_tokenizer
 
     console = Console(highlight=False, soft_wrap=True)
-    tokenizer = load_tokenizer(model)
+    tokenizer = _tokenizer(model)
     renderer = make_renderer(options, tokenizer)
     report, seen = Report(source.path), []
     chunk, shown = [], 0
@@ -66,8 +72,12 @@ def show(source: DataSource, options: DataOptions, model: str, count: int) -> No
                 if shown < count:
                     shown += 1
                     where = "" if isinstance(example, BadExample) else example.where
-                    for name, document in zip(("chosen", "rejected") if len(unit) == 2 else ("",), unit, strict=True):
-                        console.print(_document(document, tokenizer, f"{where} {name}".strip(), console.is_terminal))
+                    for name, document in zip(
+                        ("chosen", "rejected") if len(unit) == 2 else ("",), unit, strict=True
+                    ):
+                        console.print(
+                            _document(document, tokenizer, f"{where} {name}".strip(), console.is_terminal)
+                        )
         chunk.clear()
 
     for _, example in examples(source, options.format, formats_seen=seen):
@@ -77,6 +87,18 @@ def show(source: DataSource, options: DataOptions, model: str, count: int) -> No
     flush()
     report.format = seen[0] if seen else ""
     console.print(Text("\n".join(summary(report))))
+
+
+def _tokenizer(model: str):
+    """The tokenizer of a model, or of a folder that holds nothing else."""
+    folder = Path(model).expanduser()
+    if (folder / "tokenizer.json").is_file() and not (folder / "config.json").is_file():
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(folder)
+    from ftjax.hf import load_tokenizer, open_model
+
+    return load_tokenizer(open_model(model))
 
 
 def _document(document, tokenizer, title: str, colour: bool):
