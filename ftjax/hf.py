@@ -6,7 +6,10 @@ Writing goes tensor by tensor too, into a folder beside the target that takes it
 """
 
 import concurrent.futures
+import contextlib
+import dataclasses
 import difflib
+import errno
 import hashlib
 import json
 import math
@@ -14,7 +17,8 @@ import mmap
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +28,7 @@ import numpy as np
 
 from ftjax import gguf
 from ftjax.errors import UserError
+from ftjax.lora import Plan
 from ftjax.models import Model
 from ftjax.weights import Table, flatten, from_hf, hf_shape, unflatten
 
@@ -455,3 +460,361 @@ def _copy(out: np.ndarray, x: np.ndarray, split: int) -> None:
     for i in range(0, x.shape[split], step):
         at = (slice(None),) * split + (slice(i, i + step),)
         out[at] = x[at].astype(out.dtype, copy=False)
+
+
+# ---- out -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """What a model says to a few prompts: logits float32 [B, T, V] on tokens and segments int32 [B, T]."""
+
+    tokens: np.ndarray
+    segments: np.ndarray
+    logits: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Drift:
+    """How far a second model's logits are from a first's, over the real positions of a probe."""
+
+    max_logit: float
+    kl: float  # mean KL(first || second), nats a token
+    agree: float  # share of positions with the same most likely token
+
+    def __str__(self):
+        return f"max |Δlogit| {self.max_logit:.2g}, KL {self.kl:.2g} nats a token, same top token {self.agree:.1%}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    folder: Path
+    files: list[str]
+    size: int  # bytes of weights
+    drift: Drift | None  # of the re-opened folder against the probe
+    rounding: float | None  # what the cast to the saved dtype changed, over what tuning changed (norms)
+
+
+PROBE_TEXTS = (
+    "The quick brown fox jumps over the lazy dog. Then it",
+    '{"name": "Ada Lovelace", "born": 1815, "field": "',
+    "Question: what is 12 + 30?\nAnswer:",
+    "def fibonacci(n):\n    if n < 2:\n",
+)
+MAX_KL = 0.05  # nats a token: far above what bfloat16 rounding does, far below what a wrong weight does
+
+
+def probe(model: Model, tree, tokenizer=None, texts: Iterable[str] = PROBE_TEXTS, length: int = 24) -> Probe:
+    """The logits of `model` with the parameters (plain, LoRA leaves or both) in `tree`, computed in float32.
+
+    Without a tokenizer the tokens are arbitrary ids.
+    """
+    vocab, texts = model.config.vocab_size, list(texts)
+    length = min(length, model.config.max_position_embeddings)
+    tokens, segments = np.zeros((2, len(texts), length), np.int32)
+    for row, text in enumerate(texts):
+        if tokenizer is None:
+            ids = [(i * 7919 + row * 104729 + 1) % vocab for i in range(length)]
+        else:
+            ids = tokenizer.encode(text, add_special_tokens=False)[:length]
+        tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
+    return Probe(tokens, segments, _logits(model, tree, tokens, segments))
+
+
+def _logits(model: Model, tree, tokens, segments) -> np.ndarray:
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    run = jax.jit(model.with_options(dtype=np.float32, remat="none").logits)
+    return np.asarray(run(tree, tokens, positions, segments))
+
+
+def drift(first: Probe, model: Model, tree) -> Drift:
+    """How far `tree`'s logits are from those that `first` holds."""
+    keep = first.segments > 0
+    a = first.logits[keep].astype(np.float64)
+    b = _logits(model, tree, first.tokens, first.segments)[keep].astype(np.float64)
+    log_p, log_q = _log_softmax(a), _log_softmax(b)
+    kl = np.sum(np.exp(log_p) * (log_p - log_q), axis=-1).mean()
+    return Drift(float(np.abs(a - b).max()), float(kl), float((a.argmax(-1) == b.argmax(-1)).mean()))
+
+
+def _log_softmax(x):
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def save_model(
+    folder: str | os.PathLike,
+    model: Model,
+    source: Source,
+    *,
+    plan: Plan | None = None,
+    adapters: dict | None = None,
+    params: dict | None = None,
+    dtype=None,
+    max_shard_bytes: int = 5 * 10**9,
+    chat_template: str | None = None,
+    stop_ids: Iterable[int] = (),
+    card: str | None = None,
+    check: Probe | None = None,
+    overwrite: bool = False,
+) -> Saved:
+    """Write a Hugging Face folder: the base with `adapters` (of `plan`) merged in, or `params`, or the base itself.
+
+    A merge adds in float32 to the base's weights as `source` has them, one tensor at a time, and casts once: to
+    `dtype`, or the dtype that each tensor has in the source (bfloat16 for a GGUF file). The folder gets the
+    source's config.json with no key changed that need not be, its generation config (with `stop_ids` added to
+    the end-of-sequence ids), its tokenizer files byte for byte (but for `chat_template`, where given), and
+    `card` as README.md. It is written beside and renamed into place, then re-opened; given `check`, its logits
+    are compared. UserError where the folder exists (unless `overwrite`), the disk is full, or the logits are
+    further off than MAX_KL.
+    """
+    check_names(source, model.table)
+    dtype = None if dtype is None else np.dtype(dtype)
+    if dtype is None and source.kind == "gguf":
+        dtype = np.dtype(ml_dtypes.bfloat16)
+    if dtype is not None and dtype not in FLOATS.values():
+        raise UserError(f"dtype {dtype} cannot be saved; one of: float32, bfloat16, float16")
+    noise = np.zeros(2)
+    entries = {
+        name: (hf_shape(model.table, path), dtype or source.dtype(name))
+        for path in model.table.rows
+        for name in model.table.names(path)
+    }
+    tuned = _Tuned(model.table, source, plan, adapters, params)
+
+    def tensor(name: str) -> np.ndarray:
+        base, x = tuned(name)
+        out = np.ascontiguousarray(x.astype(entries[name][1], copy=False))
+        if not np.isfinite(x).all():
+            raise UserError(f"{name} has values that are not finite: nothing was written")
+        if base is not None:
+            noise[:] += np.square(out.astype(np.float32) - x).sum(), np.square(x - base).sum()
+        return out
+
+    size = sum(math.prod(shape) * kind.itemsize for shape, kind in entries.values())
+    with writing(folder, size, overwrite) as tmp:
+        _write_shards(tmp, entries, tensor, max_shard_bytes)
+        _write_config(tmp, source, dtype)
+        _write_generation_config(tmp, source, stop_ids)
+        source.write_tokenizer(tmp)
+        if chat_template is not None:
+            write_chat_template(tmp, chat_template)
+        if card is not None:
+            (tmp / "README.md").write_text(card, encoding="utf-8")
+        result = None
+        if check is not None:
+            again = open_model(tmp)
+            result = drift(check, model, load_params(again, model))
+            if not result.kl <= MAX_KL:
+                raise UserError(f"{folder}: what was written does not compute what was tuned ({result})")
+        files = sorted(p.name for p in tmp.iterdir())
+    rounding = float(np.sqrt(noise[0] / noise[1])) if noise[1] else None
+    return Saved(Path(folder), files, size, result, rounding)
+
+
+class _Tuned:
+    """name -> (the base's float32 tensor where it was changed, else None; the tuned tensor)."""
+
+    def __init__(self, table: Table, source: Source, plan: Plan | None, adapters, params):
+        self.table, self.source, self.plan = table, source, plan or {}
+        self.factors = {k: np.asarray(v) for k, v in flatten(adapters).items()} if adapters else {}
+        self.params = flatten(params) if params is not None else None
+        self.where = {
+            name: (path, i) for path in table.rows for i, name in enumerate(table.names(path))
+        }
+
+    def __call__(self, name: str):
+        path, i = self.where[name]
+        row, ins, outs = self.table.rows[path], self.table.ins(path), self.table.outs(path)
+        if self.params is not None:
+            x = self.params[path]
+            x = x if self.table.layers(path) is None else x[i]
+            return None, row.layout.save(np.asarray(x), ins, outs)
+        adapted = self.plan.get(path)
+        if adapted is None or adapted.ranks[i] == 0:
+            return None, self.source.get(name)
+        a, b = self.factors[path + "/a"], self.factors[path + "/b"]
+        if adapted.stacked:
+            a, b = a[i], b[i]
+        rank = adapted.ranks[i]
+        a = a.reshape(math.prod(ins), -1)[:, :rank].astype(np.float32)
+        b = b.reshape(-1, math.prod(outs))[:rank].astype(np.float32)
+        base = self.source.get(name).astype(np.float32)
+        delta = row.layout.save((a @ b * np.float32(adapted.scales[i])).reshape(*ins, *outs), ins, outs)
+        return base, base + delta
+
+
+@contextlib.contextmanager
+def writing(folder: str | os.PathLike, size: int = 0, overwrite: bool = False) -> Iterator[Path]:
+    """A new folder beside `folder` that takes its name when the block ends well, and goes when it does not.
+
+    UserError where `folder` exists and is not empty (unless `overwrite`), cannot be written, or the disk has
+    fewer than `size` bytes left.
+    """
+    folder = Path(folder).expanduser().absolute()
+    if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: exists; overwrite replaces it")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder.parent).free
+        if free < size:
+            raise UserError(f"{folder}: disk full: {size / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
+        tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be written: {e.strerror}") from None
+    try:
+        tmp.chmod(0o777 & ~_umask())
+        yield tmp
+        old = None
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
+            folder.rename(old / "replaced")
+        tmp.rename(folder)
+        if old is not None:
+            shutil.rmtree(old)
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{folder}: disk full; nothing was changed") from None
+        raise
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _write_shards(folder: Path, entries, tensor: Callable[[str], np.ndarray], limit: int) -> None:
+    """model.safetensors, or shards of at most `limit` bytes (a tensor is never cut) with their index."""
+    shards: list[list[str]] = [[]]
+    used = total = 0
+    for name, (shape, dtype) in entries.items():
+        size = math.prod(shape) * dtype.itemsize
+        if shards[-1] and used + size > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used, total = used + size, total + size
+    if len(shards) == 1:
+        write_safetensors(folder / "model.safetensors", entries, tensor)
+        return
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / file, {name: entries[name] for name in names}, tensor)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(folder / "model.safetensors.index.json", index)
+
+
+def write_safetensors(
+    path: Path,
+    entries: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+    tensor: Callable[[str], np.ndarray],
+) -> None:
+    """One file, a tensor in memory at a time. Widest dtypes come first, as the safetensors library orders them."""
+    kinds = {dtype: kind for kind, dtype in DTYPES.items()}
+    order = sorted(entries, key=lambda name: (-entries[name][1].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name in order:
+        shape, dtype = entries[name]
+        end = at + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": kinds[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with open(path, "wb") as f:
+        f.write(len(raw).to_bytes(8, "little") + raw)
+        for name in order:
+            x = tensor(name)
+            assert x.shape == entries[name][0] and x.dtype == entries[name][1], name
+            f.write(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def write_json(path: Path, value) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_config(folder: Path, source: Source, dtype: np.dtype | None) -> None:
+    key = "dtype" if "dtype" in source.config else "torch_dtype"
+    raw = source.path / "config.json"
+    if raw.is_file() and (dtype is None or source.config.get(key) == dtype.name):
+        shutil.copyfile(raw, folder / "config.json")
+        return
+    write_json(folder / "config.json", source.config | ({key: dtype.name} if dtype is not None else {}))
+
+
+def _write_generation_config(folder: Path, source: Source, stop_ids: Iterable[int]) -> None:
+    raw, config = source.path / "generation_config.json", source.generation_config
+    now = (config or source.config).get("eos_token_id")
+    now = [now] if isinstance(now, int) else list(now or [])
+    ends = list(dict.fromkeys([*now, *map(int, stop_ids)]))
+    if raw.is_file() and ends == now:
+        shutil.copyfile(raw, folder / raw.name)
+        return
+    if config is None:
+        config = {k: v for k, v in source.config.items() if k.endswith("_token_id") and v is not None}
+    if ends:
+        config = config | {"eos_token_id": ends if len(ends) > 1 else ends[0]}
+    if config:
+        write_json(folder / raw.name, config)
+
+
+def write_chat_template(folder: Path, template: str) -> None:
+    """The one place that readers look first, and out of tokenizer_config.json, so that there are not two."""
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    path = folder / "tokenizer_config.json"
+    config = read_json(path) if path.is_file() else {}
+    if config.pop("chat_template", None) is not None:
+        write_json(path, config)
+
+
+def model_card(
+    *,
+    name: str,
+    base: str,
+    library: str,
+    data: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    scores: Mapping[str, Any] | None = None,
+    notes: str = "",
+) -> str:
+    """README.md of a tuned model or adapter: front matter for the hub, then tables of what is given.
+
+    `library` is "transformers" or "peft".
+    """
+    front = ["---", f"library_name: {library}", "pipeline_tag: text-generation", "tags:", "- ftjax"]
+    if library == "peft":
+        front.append("- lora")
+    if re.fullmatch(r"[\w][\w.-]*/[\w.-]+", base) and not Path(base).exists():
+        front.append(f"base_model: {base}")  # the hub wants an id here, never a path
+    front.append("---")
+    load = {
+        "transformers": 'model = AutoModelForCausalLM.from_pretrained("PATH")',
+        "peft": f'model = AutoModelForCausalLM.from_pretrained("{base}")\n'
+        'model = PeftModel.from_pretrained(model, "PATH")',
+    }[library]
+    imports = "from transformers import AutoModelForCausalLM"
+    imports += "\nfrom peft import PeftModel" if library == "peft" else ""
+    parts = [
+        "\n".join(front),
+        f"# {name}",
+        f"Tuned from `{base}` with ftjax." + (f" {notes}" if notes else ""),
+        f"```python\n{imports}\n\n{load}\n```",
+    ]
+    for title, rows in (("Scores", scores), ("Data", data), ("Settings", settings)):
+        if rows:
+            lines = [f"| {k} | {_cell(v)} |" for k, v in rows.items()]
+            parts.append(f"## {title}\n\n| | |\n|---|---|\n" + "\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _cell(value) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
