@@ -26,7 +26,10 @@ class Verb(NamedTuple):
 _SETTINGS = """\
 CONFIG.yaml holds the settings; key.sub=value after it overrides them, later ones
 winning. `ftjax schema {verb}` lists every key with its meaning. Starting the same
-command again goes on from the last checkpoint."""
+command again goes on from the last checkpoint; a finished or different run in the
+output folder is left alone unless one of these is given:
+  --overwrite   delete it and start anew
+  --resume      go on with it though settings differ"""
 
 VERBS = {
     "quickstart": Verb(
@@ -37,7 +40,7 @@ VERBS = {
     ),
     "sft": Verb(
         "supervised fine-tuning: LoRA or every weight",
-        "ftjax sft [CONFIG.yaml] [key.sub=value …]",
+        "ftjax sft [CONFIG.yaml] [key.sub=value …] [--overwrite|--resume]",
         _SETTINGS.format(verb="sft") + "\n\nExamples:\n"
         "  ftjax sft config.yaml\n"
         "  ftjax sft config.yaml optim.lr=1e-4 output=runs/lower\n"
@@ -47,7 +50,7 @@ VERBS = {
     ),
     "dpo": Verb(
         "preference tuning on pairs of a chosen and a rejected answer",
-        "ftjax dpo [CONFIG.yaml] [key.sub=value …]",
+        "ftjax dpo [CONFIG.yaml] [key.sub=value …] [--overwrite|--resume]",
         _SETTINGS.format(verb="dpo") + "\n\nExample:\n  ftjax dpo config.yaml dpo.beta=0.1",
         "ftjax.recipes.dpo",
     ),
@@ -153,7 +156,7 @@ def _help() -> str:
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {name:<{width}}  {verb.about}" for name, verb in VERBS.items())
     return (
-        f"ftjax {__version__}: fine-tuning for JAX, from a file of examples to a tuned, proven, exported model.\n\n"
+        f"ftjax {__version__}: fine-tuning for JAX, from a file of examples to a proven, exported model.\n\n"
         f"Usage: ftjax VERB …\n\n{verbs}\n\n"
         "First steps:\n"
         "  ftjax quickstart                                 see the whole of it on a small model\n"

@@ -15,7 +15,6 @@ import json
 import os
 import pathlib
 import re
-import textwrap
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -66,9 +65,6 @@ class RunConfig:
     """Branch, tag or commit of a hub id."""
     output: str
     """The run folder; not given: runs/ and the name of the config file."""
-    overwrite: bool = False
-    """Delete a finished or different run in the output folder and start anew. Without it that is refused; a
-    run that was stopped goes on either way."""
     seed: int = 0
     """Every random number of the run follows from it."""
     data: DataOptions
@@ -611,13 +607,43 @@ def schema(recipe: str) -> dict:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | tree
 
 
-def parse_run_args(argv: Sequence[str], recipe: str) -> RunConfig:
-    """The config of `ftjax VERB [CONFIG.yaml] key.sub=value …`."""
-    argv = list(argv)
-    path = argv.pop(0) if argv and "=" not in argv[0] and not argv[0].startswith("-") else None
-    if path is None and not argv:
-        raise UserError(
-            f"ftjax {recipe} needs a config, or settings:\n"
-            + textwrap.indent(f"ftjax {recipe} config.yaml\nftjax {recipe} model=MODEL data.train=FILE", "  ")
-        )
-    return load(path, argv, recipe)
+def differences(saved: str | os.PathLike, config: RunConfig, ignore: Sequence[str] = ()) -> list[str]:
+    """ "optim.lr: 0.0002 -> 0.0001" for each setting in which `config` differs from a dumped one.
+
+    `ignore` names sections or keys that may differ; where the output lies always may.
+    """
+
+    def flat(value, path=""):
+        if isinstance(value, dict) and value:
+            return {
+                k: v for name, x in value.items() for k, v in flat(x, f"{path}.{name}".strip(".")).items()
+            }
+        return {path: value}
+
+    old, new = flat(_read_file(os.fspath(saved)).value), flat(resolved(config))
+    free = ("output", *ignore)
+    return [
+        f"{key}: {_shown(old, key)} -> {_shown(new, key)}"
+        for key in old | new
+        if _shown(old, key) != _shown(new, key) and not any(key == f or key.startswith(f + ".") for f in free)
+    ]
+
+
+def _shown(values: dict, key: str) -> str:
+    return json.dumps(values[key], ensure_ascii=False) if key in values else "not set"
+
+
+FLAGS = {"overwrite": "--overwrite", "resume": "--resume"}
+
+
+def parse_run_args(argv: Sequence[str], recipe: str) -> tuple[RunConfig, dict[str, bool]]:
+    """(config, flags) of `ftjax VERB [CONFIG.yaml] [key.sub=value …] [--overwrite] [--resume]`."""
+    flags = {name: flag in argv for name, flag in FLAGS.items()}
+    if all(flags.values()):
+        raise UserError("--overwrite starts anew and --resume goes on: give one of them")
+    words = [word for word in argv if word not in FLAGS.values()]
+    path = words.pop(0) if words and "=" not in words[0] and not words[0].startswith("-") else None
+    if path is None and not words:
+        examples = f"  ftjax {recipe} config.yaml\n  ftjax {recipe} model=MODEL data.train=FILE"
+        raise UserError(f"ftjax {recipe} needs a config, or settings:\n{examples}")
+    return load(path, words, recipe), flags
