@@ -277,7 +277,7 @@ _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 }
 
 
-def _load_dataset(source: DataSource, streaming: bool):
+def _load_dataset(source: DataSource, streaming: bool) -> Any:
     import datasets
 
     path = Path(source.path).expanduser()
@@ -445,12 +445,16 @@ def _chat(values, where) -> Example:
 
 def _sharegpt(values, where) -> Example:
     turns = _parsed(values["conversations"], where, "conversations")
-    roles = {"human": "user", "gpt": "assistant"}
+    roles = {"human": "user", "gpt": "assistant", "observation": "tool"}
     messages = []
     for i, turn in enumerate(turns if isinstance(turns, list) else []):
         if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
             raise BadExample("format", where, f"conversations[{i}] has to be {{from, value}}")
-        messages.append({"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]})
+        if turn["from"] == "function_call":
+            call = _parsed(turn["value"], where, f"conversations[{i}].value")
+            messages.append({"role": "assistant", "tool_calls": call})
+        else:
+            messages.append({"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]})
     if values.get("system"):
         messages.insert(0, {"role": "system", "content": values["system"]})
     return _chat({"messages": messages, "tools": values.get("tools")}, where)

@@ -111,7 +111,9 @@ def _document(document, tokenizer, title: str, colour: bool):
     count = f"{len(trained)} tokens, {int((trained > 0).sum())} trained"
     text.append(f"── {title}: {count}{f', weights {weights}' if weights else ''}\n", "bold")
     for weight, run in groupby(range(len(trained)), lambda i: float(trained[i])):
-        piece = tokenizer.decode(document.tokens[list(run)], skip_special_tokens=False)
+        piece = tokenizer.decode(
+            document.tokens[list(run)], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
         if weight and not colour:
             mark = "" if weight == 1 else f"×{weight:g} "
             text.append(f"⟦{mark}{piece}⟧")
