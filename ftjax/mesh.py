@@ -8,7 +8,7 @@ import jax
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ftjax import lora
+from ftjax import lora, optim
 from ftjax.errors import UserError
 from ftjax.weights import Table, unflatten
 
@@ -84,6 +84,11 @@ def sharding(mesh: Mesh, axes: str, rules=WEIGHT_RULES) -> NamedSharding:
 
 def adapter_shardings(mesh: Mesh, plan: lora.Plan, table: Table) -> dict:
     return unflatten({path: sharding(mesh, axes) for path, axes in lora.axes(plan, table).items()})
+
+
+def state_shardings(mesh: Mesh, tx, trainable):
+    """Shardings of `tx`'s state: moments as their weights, all else on every device."""
+    return optim.state_shardings(tx, trainable, jax.tree.map(lambda x: x.sharding, trainable), sharding(mesh, ""))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -72,8 +72,10 @@ class TrainState(struct.PyTreeNode):
     )  # False after a step whose loss or gradient was not: the state stays as it was before it
 
 
-def init_state(trainable, tx: optax.GradientTransformation) -> TrainState:
-    return TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable), jnp.bool_(True))
+def init_state(trainable, tx: optax.GradientTransformation, opt_shardings=None) -> TrainState:
+    """Step 0. `opt_shardings` is a tree like `tx`'s state; without it the state is made where jax puts it."""
+    opt_state = jax.jit(tx.init, out_shardings=opt_shardings)(trainable)
+    return TrainState(jnp.zeros((), jnp.int32), trainable, opt_state, jnp.bool_(True))
 
 
 def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, seed: int):

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import logging
 import pathlib
 import shutil
 import time
@@ -15,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax import checkpoint, config, hf, lora, mesh, models, optim, peft, report, train, weights
-from ftjax.data import loader
+from ftjax.data import dataset
+from ftjax.data.loader import Loader
+from ftjax.data.stream import StreamLoader
 from ftjax.errors import UserError
 from ftjax.models import Model
 
-log = logging.getLogger("ftjax")
-
-# A change of these does not change what a run computes, so a run may go on with another value.
-FREE_KEYS = ("report", "checkpoint", "export")
+# A change of these changes nothing that a run computes, so it goes on with the new value.
+FREE_KEYS = ("report", "checkpoint", "data.cache_dir")
 
 
 @dataclasses.dataclass
@@ -35,10 +34,19 @@ class Setup:
     frozen_head: bool
 
 
-def start(cfg, make_loss: Callable[[Setup], train.LossFn], *, preference: bool = False, **flags) -> pathlib.Path:
+def main(argv: list[str], recipe: str, make_loss, *, preference: bool = False) -> int:
+    """The command line of a training recipe: config, overrides and flags in, a finished run folder out."""
+    cfg, flags = config.parse_run_args(argv, recipe)
+    start(cfg, make_loss, preference=preference, **flags)
+    return 0
+
+
+def start(
+    cfg, make_loss: Callable[[Setup], train.LossFn], *, preference: bool = False, **flags: bool
+) -> pathlib.Path:
     """Train by `cfg` with the loss that `make_loss` builds; returns the run folder, finished.
 
-    `flags`: overwrite (start anew over what is there), resume (go on though the config changed).
+    `flags` are those of `claim`.
     """
     run = claim(cfg, **flags)
     devices = mesh.make_mesh(cfg.mesh)
@@ -47,9 +55,12 @@ def start(cfg, make_loss: Callable[[Setup], train.LossFn], *, preference: bool =
 
 
 def claim(cfg, overwrite: bool = False, resume: bool = False) -> pathlib.Path:
-    """The run folder, ours to write to. UserError where it holds a finished or another run."""
+    """The run folder, ours to write to: new, or that of the same run, stopped.
+
+    UserError where it holds a finished or a different run. `overwrite` deletes what is there; `resume` goes on
+    though settings changed.
+    """
     run = pathlib.Path(cfg.output)
-    text = config.dump(cfg)
     saved = run / "config.yaml"
     if saved.exists() and overwrite:
         shutil.rmtree(run)
@@ -57,19 +68,20 @@ def claim(cfg, overwrite: bool = False, resume: bool = False) -> pathlib.Path:
         changed = config.differences(saved, cfg, ignore=FREE_KEYS)
         if changed and not resume:
             raise UserError(
-                f"{run} holds a run with another config ({'; '.join(changed[:5])}). Choose another output, or add "
-                "--resume to go on with the new values, or --overwrite to start anew"
+                f"{run} holds a run with other settings ({'; '.join(changed[:5])}). Choose another output; or "
+                "--resume goes on with the new ones, --overwrite deletes that run and starts anew"
             )
         if (run / "summary.json").exists() and not changed:
             raise UserError(
-                f"{run} holds this very run, finished. Choose another output, or --overwrite to run it again, or "
-                f"use it: ftjax chat {run}"
+                f"{run} holds this very run, finished: `ftjax chat {run}` talks to it. Choose another output, or "
+                "--overwrite to delete it and run again"
             )
     elif run.is_dir() and any(run.iterdir()):
-        raise UserError(f"{run} is not empty and holds no run of ours; choose another output folder")
+        raise UserError(f"{run} is not empty and holds no run of ours; choose another output")
     try:
         run.mkdir(parents=True, exist_ok=True)
-        saved.write_text(text)
+        (run / "summary.json").unlink(missing_ok=True)
+        saved.write_text(config.dump(cfg))
     except OSError as e:
         raise UserError(f"cannot write to {run}: {e.strerror}") from None
     return run
@@ -77,41 +89,35 @@ def claim(cfg, overwrite: bool = False, resume: bool = False) -> pathlib.Path:
 
 def _train(run: pathlib.Path, cfg, make_loss, preference: bool, devices) -> pathlib.Path:
     clock = time.perf_counter()
-    # 1. the base model, and what is trained of it
+    # 1. the base model
     source = hf.open_model(cfg.model, revision=cfg.revision)
     tokenizer = hf.load_tokenizer(source)
     dtype = jnp.dtype(cfg.train.dtype)
     model = models.from_config(source.config).with_options(
         dtype=dtype, remat=cfg.train.remat, unroll=cfg.train.unroll
     )
-    hf.check_vocabulary(source, model, tokenizer)
-    rows = cfg.train.batch_size // cfg.train.microbatches
-    mesh.check(devices, model.table, rows)
+    mesh.check(devices, model.table, cfg.train.batch_size // cfg.train.microbatches)
     write_base(run, source)
 
     # 2. the data, planned into rows
-    data, eval_data = loader.open_data(
-        cfg.data,
-        tokenizer,
-        batch_size=cfg.train.batch_size,
-        microbatches=cfg.train.microbatches,
-        seed=cfg.seed,
-        preference=preference,
-        context=model.config.max_position_embeddings,
-    )
-    total_steps = cfg.train.max_steps or max(1, round(cfg.train.epochs * data.steps_per_epoch))
+    context = model.config.max_position_embeddings
+    if cfg.data.max_length > context:
+        raise UserError(f"data.max_length={cfg.data.max_length} exceeds the model's context of {context} tokens")
+    data, eval_data, reports = open_data(cfg, tokenizer, preference)
+    total_steps = cfg.train.max_steps or data.steps(cfg.train.epochs)
 
-    # 3. trees: frozen and trainable
+    # 3. the frozen tree and the trainable one
     plan = lora.plan(cfg.lora, model.table) if cfg.lora else None
     base_shardings = weights.shardings(model.table, mesh.WEIGHT_RULES, devices)
     base_dtype = dtype if plan else jnp.float32  # full fine-tuning keeps float32 weights and computes in dtype
     base = hf.load_params(source, model, dtype=base_dtype, shardings=base_shardings)
     trainable, frozen, params_of = split(cfg, model, plan, base, devices, keep_reference=preference)
+    del base
     setup = Setup(cfg, model, params_of, frozen_head=plan is not None and model.head_path not in plan)
 
     # 4. the step
-    tx, schedule = optim.make_optimizer(cfg.optim, trainable, total_steps)
-    state = jax.jit(functools.partial(train.init_state, tx=tx))(trainable)
+    tx, schedule = optim.make_optimizer(cfg.optim, trainable, total_steps, model.table)
+    state = train.init_state(trainable, tx, mesh.state_shardings(devices, tx, trainable))
     loss_fn = make_loss(setup)
     step = train.make_train_step(loss_fn, tx, cfg.seed)
     eval_step = train.make_eval_step(loss_fn)
@@ -128,20 +134,23 @@ def _train(run: pathlib.Path, cfg, make_loss, preference: bool, devices) -> path
         state, facts = restored
         progress = train.Progress(**facts)
         saver.set_aside(after=int(state.step))
-    reporter = report.Reporter(run, cfg.report, total_steps=total_steps, resume_step=int(state.step))
+    first = int(state.step)
+    reporter = report.Reporter(run, cfg.report, total_steps=total_steps, resume_step=first)
     reporter.start(
         {
+            "recipe": cfg.recipe,
             "model": cfg.model,
             "parameters": model.table.count(),
             "trainable": sum(x.size for x in jax.tree.leaves(trainable)),
-            "train": data.stats,
-            "eval": eval_data.stats if eval_data else None,
-            "total_steps": total_steps,
+            "data": [dataclasses.asdict(r) for r in reports],
+            "rows": data.stats,
+            "eval_rows": eval_data.stats if eval_data else None,
+            "mesh": dict(devices.shape),
             "setup_seconds": time.perf_counter() - clock,
         }
     )
     if restored is not None:
-        reporter.event(int(state.step), f"going on from the checkpoint of step {int(state.step)}")
+        reporter.event(first, f"going on from the checkpoint of step {first}")
 
     # 6. the loop
     def report_step(at: int, metrics: dict[str, float]) -> None:
@@ -150,45 +159,102 @@ def _train(run: pathlib.Path, cfg, make_loss, preference: bool, devices) -> path
     def evaluate(state: train.TrainState) -> dict[str, float]:
         assert eval_data is not None
         sums: dict[str, float] = {}
-        for batch in eval_data.batches(0, epochs=1):
+        for batch in eval_data.batches():
             for k, v in jax.device_get(eval_step(state.trainable, frozen, put(batch))).items():
                 sums[k] = sums.get(k, 0.0) + float(v)
-        metrics = {k: v / max(sums["weight"], 1e-9) for k, v in sums.items() if k != "weight"}
-        reporter.eval(int(state.step), metrics | {"weight": sums["weight"]})
+        metrics = {k: v / max(sums["weight"], 1e-9) for k, v in sums.items()} | {"weight": sums["weight"]}
+        reporter.eval(int(state.step), metrics)
         return metrics
 
     def save(state: train.TrainState, progress: train.Progress) -> None:
-        saver.best = progress.best_step
+        saver.best = progress.best_step if cfg.eval.keep_best else None
         saver.save(state, dataclasses.asdict(progress))
 
     try:
         state, progress = train.fit(
             state,
             lambda state, batch: step(state, frozen, put(batch)),
-            data.batches(int(state.step)),
+            data.batches(first),
             total_steps=total_steps,
             save=save,
             save_every=cfg.checkpoint.every,
             report=report_step,
             documents=data.documents,
             evaluate=evaluate if eval_data else None,
-            eval_every=cfg.eval.every or data.steps_per_epoch,
+            eval_every=cfg.eval.every or data.steps_per_epoch or 0,
             eval_options=cfg.eval,
             progress=progress,
         )
+        saver.wait()
+
+        # 7. what the user takes away
+        last = int(state.step)
+        if cfg.eval.keep_best and progress.best_step is not None and progress.best_step != last:
+            best = saver.restore(state, step=progress.best_step)
+            assert best is not None, "the best step is kept"
+            state = best[0]
+            reporter.event(last, f"the best evaluation was after step {progress.best_step}: its weights are kept")
+        save_result(run, cfg, source, model, plan, state.trainable)
+        reporter.finish({"steps": last, "kept_step": int(state.step), **dataclasses.asdict(progress)})
     finally:
         saver.close()
         reporter.close()
-
-    # 7. what the user takes away
-    if cfg.eval.keep_best and progress.best_step not in (None, int(state.step)):
-        state, _ = saver.restore(state, step=progress.best_step)  # type: ignore[misc]
-    if plan:
-        peft.save(run / "adapter", plan, state.trainable, cfg.lora, model.table, source)
-    else:
-        hf.save_model(run / "model", model, state.trainable, source, dtype=dtype)
-    finish(run, reporter, {"step": int(state.step), **dataclasses.asdict(progress)})
     return run
+
+
+def open_data(cfg, tokenizer, preference: bool):
+    """(training loader, evaluation loader or None, what became of each source's examples)."""
+    hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    cut = dict(batch_size=cfg.train.batch_size, microbatches=cfg.train.microbatches, seed=cfg.seed)
+    found = dataset.load(cfg.data, tokenizer)
+    if cfg.data.streaming:
+        data = StreamLoader(cfg.data, tokenizer, renderer=found.renderer, **cut, **hosts)
+        if cfg.train.max_steps is None:
+            raise UserError("data.streaming: how long the data is is not known; set train.max_steps")
+    else:
+        assert found.train is not None
+        if (found.train.documents_per_unit == 2) != preference:
+            kind = "preference pairs" if not preference else "no preference pairs"
+            want = "pairs of a chosen and a rejected answer" if preference else "conversations or text"
+            raise UserError(f"data.train holds {kind}; ftjax {cfg.recipe} trains on {want}")
+        data = Loader(found.train, cfg.data, **cut, **hosts)
+    eval_data = None
+    if found.eval is not None:
+        eval_data = Loader(found.eval, cfg.data, train=False, **cut, **hosts)
+    return data, eval_data, found.reports
+
+
+def save_result(run: pathlib.Path, cfg, source, model: Model, plan: lora.Plan | None, trainable) -> None:
+    """RUN/adapter in PEFT's format, or in full fine-tuning RUN/model in Hugging Face's."""
+    template = cfg.data.chat_template
+    text = pathlib.Path(template).read_text() if template and template != "none" else None
+    settings = {f"{k}.{n}": v for k, part in config.resolved(cfg).items() if isinstance(part, dict)
+                for n, v in part.items() if k in ("lora", "optim", "train")}  # fmt: skip
+    card = hf.model_card(
+        name=run.name,
+        base=source.source,
+        library="peft" if plan else "transformers",
+        data={"train": cfg.data.train, "rows up to": f"{cfg.data.max_length} tokens"},
+        settings=settings,
+    )
+    if plan:
+        peft.save(
+            run / "adapter",
+            plan,
+            trainable,
+            cfg.lora,
+            model.table,
+            base_name=source.source,
+            base={"source": source.source, "kind": source.kind, "fingerprint": source.fingerprint()},
+            revision=source.revision,
+            chat_template=text,
+            card=card,
+            overwrite=True,
+        )
+    else:
+        hf.save_model(
+            run / "model", model, source, params=trainable, chat_template=text, card=card, overwrite=True
+        )
 
 
 def split(cfg, model: Model, plan: lora.Plan | None, base, devices, keep_reference: bool):
@@ -222,17 +288,15 @@ def split(cfg, model: Model, plan: lora.Plan | None, base, devices, keep_referen
 def write_base(run: pathlib.Path, source) -> None:
     """RUN/base.json: which weights the run stands on. UserError where a resumed run finds others there."""
     facts = {
-        "source": str(source.path),
+        "source": str(source.source),
+        "path": str(source.path),
         "revision": source.revision,
         "kind": source.kind,
         "fingerprint": source.fingerprint(),
     }
     path = run / "base.json"
     if path.exists() and json.loads(path.read_text())["fingerprint"] != facts["fingerprint"]:
-        raise UserError(f"{source.path} holds other weights than when this run began; use them in a new output folder")
+        raise UserError(
+            f"{source.source} holds other weights than when this run began; use them in a new output folder"
+        )
     path.write_text(json.dumps(facts, indent=1))
-
-
-def finish(run: pathlib.Path, reporter, summary: dict[str, Any]) -> None:
-    """Write summary.json, which marks the run finished, and the report."""
-    reporter.finish(summary)
