@@ -21,12 +21,13 @@ ITEM_WORDS = {
 DAY = r"tomorrow|tonight|weekend|24th|(?:mon|tues|wednes|thurs|fri|satur|sun)day\b"
 PAST_OR_OPENING_DAY = r"supposed to be here on tuesday|open on \w+|stuck since monday"
 STRANGER = (
-    r"somebody else is|somebody paid|someone else|somone else|did not place|stranger|was not me|wasn't me|used my card|logged in with my|hacked|didn't do that|never bought"
-    r"|never ordered|stolen|not your cu|not authorise"
+    r"somebody else is|somebody paid|someone else|somone else|used my card|logged in with my|did not place"
+    r"|stranger|was not me|wasn't me|hacked|didn't do that|never bought|never ordered|stolen|not your cu"
+    r"|not authorise"
 )
 DANGER = (
-    r"smok|fire\b|shock|spark|melted|burn|bleeding|explode|tingle|scorched|flames|bare wires|blew up|cut my hand"
-    r"|swollen|steam shot|bang|hurt|casing of the"
+    r"smok|fire\b|shock|spark|melted|burn|bleeding|explode|tingle|scorched|flames|bare wires|blew up"
+    r"|cut my hand|swollen|steam shot|bang|hurt|casing of the"
 )
 
 

@@ -66,7 +66,7 @@ FEW_SHOT = FewShot(k=8, instruction=True)
 
 def path(split: str) -> Path:
     """The JSONL file of a split."""
-    return Path(str(resources.files(__package__) / f"{split}.jsonl"))
+    return Path(str(resources.files("ftjax.quickstart") / f"{split}.jsonl"))
 
 
 @functools.cache
