@@ -18,7 +18,7 @@ from ftjax.models.common import (
     read_windows,
     scan_layers,
 )
-from ftjax.ops import attention, einsum, embed, rms_norm, rope, rope_frequencies, rope_table, shard
+from ftjax.ops import attention, einsum, embed, rms_norm, rope, rope_frequencies, rope_table, shard, silu_times
 from ftjax.weights import LOOKUP, Table, Weight
 
 _L = "model.layers.{layer}."
@@ -131,7 +131,7 @@ class Block(nn.Module):
         h_BTD = checkpoint_name(rms_norm(x_BTD, w["mlp_norm"], cfg.rms_norm_eps), "norm")
         gate_BTF = checkpoint_name(einsum("BTD,DF->BTF", h_BTD, w["gate"]), "gate")
         up_BTF = checkpoint_name(einsum("BTD,DF->BTF", h_BTD, w["up"]), "up")
-        h_BTF = checkpoint_name(jax.nn.silu(gate_BTF) * up_BTF, "act")
+        h_BTF = checkpoint_name(silu_times(gate_BTF, up_BTF), "act")
         x_BTD += einsum("BTF,FD->BTD", shard(h_BTF, "BTF"), w["down"])
         return (shard(x_BTD, "BTD"), cache), None
 

@@ -1,9 +1,10 @@
 """Attention over packed rows."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
-
-from ftjax.ops.linear import product
+import numpy as np
 
 QUERY_BLOCK = 1024  # longer rows are taken a block of queries at a time, so that no [T, S] array of them exists
 
@@ -35,17 +36,74 @@ def attention(q_BTNH, k_BSKH, v_BSKH, queries, keys, *, scale: float, window=Non
     return jnp.concatenate(out, axis=1)
 
 
-def _attend(q_BTNH, k_BSKH, v_BSKH, queries, keys, scale, window, softcap):
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
+def _visible(queries, keys, window):
+    """The mask [B, 1, T, 1, S]."""
     (q_segments, q_positions), (k_segments, k_positions) = queries, keys
     distance_BTS = q_positions[:, :, None] - k_positions[:, None, :]
     mask_BTS = (q_segments[:, :, None] == k_segments[:, None, :]) & (distance_BTS >= 0)
     if window is not None:
         mask_BTS &= distance_BTS < window
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    logits = product("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, jnp.float32) * scale
+    return mask_BTS[:, None, :, None, :]
+
+
+def _dot(eqn: str, x, y):
+    return jnp.einsum(eqn, x, y, preferred_element_type=jnp.float32)
+
+
+def _by_kv_head(q_BTNH, K: int):
+    """[B, T, N, H] as [B, K, T, G, H]: with the axes in this order the big products leave their result where the
+    softmax reads it, and only q, k and v are ever transposed."""
+    B, T, N, H = q_BTNH.shape
+    return q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 1, 3, 4)
+
+
+def _by_query(x_BKTGH):
+    B, K, T, G, H = x_BKTGH.shape
+    return x_BKTGH.transpose(0, 2, 1, 3, 4).reshape(B, T, K * G, H)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 7))
+def _attend(q_BTNH, k_BSKH, v_BSKH, queries, keys, scale, window, softcap):
+    return _attend_fwd(q_BTNH, k_BSKH, v_BSKH, queries, keys, scale, window, softcap)[0]
+
+
+def _attend_fwd(q_BTNH, k_BSKH, v_BSKH, queries, keys, scale, window, softcap):
+    q_BKTGH = _by_kv_head(q_BTNH, k_BSKH.shape[2])
+    logits = _dot("BKTGH,BSKH->BKTGS", q_BKTGH, k_BSKH) * scale
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
-    probs = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], logits, -1e30), axis=-1)
-    return product("BKGTS,BSKH->BTKGH", probs.astype(v_BSKH.dtype), v_BSKH).reshape(B, T, N, H)
+    logits = jnp.where(_visible(queries, keys, window), logits, -1e30)
+    exp = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    total = jnp.sum(exp, axis=-1, keepdims=True)
+    exp = exp.astype(v_BSKH.dtype)
+    out_BKTGH = (_dot("BKTGS,BSKH->BKTGH", exp, v_BSKH) / total).astype(q_BTNH.dtype)
+    return _by_query(out_BKTGH), (q_BKTGH, k_BSKH, v_BSKH, exp, total, out_BKTGH, queries, keys, window)
+
+
+def _attend_bwd(scale, softcap, residuals, g_BTNH):
+    q_BKTGH, k_BSKH, v_BSKH, exp, total, out_BKTGH, queries, keys, window = residuals
+    g_BKTGH = _by_kv_head(g_BTNH, k_BSKH.shape[2])
+    # the softmax is exp / total; dividing g by total instead of exp spares a pass over [B, K, T, G, S]
+    g_f32 = g_BKTGH.astype(jnp.float32) / total
+    delta = jnp.sum(g_f32 * out_BKTGH.astype(jnp.float32), axis=-1, keepdims=True)
+    g_BKTGH = g_f32.astype(v_BSKH.dtype)
+    dv = _dot("BKTGS,BKTGH->BSKH", exp, g_BKTGH)
+    d_logits = exp.astype(jnp.float32) * (_dot("BKTGH,BSKH->BKTGS", g_BKTGH, v_BSKH) - delta) * scale
+    if softcap is not None:
+        capped = jnp.tanh(_dot("BKTGH,BSKH->BKTGS", q_BKTGH, k_BSKH) * (scale / softcap))
+        d_logits = d_logits * (1.0 - capped * capped)
+    d_logits = d_logits.astype(q_BKTGH.dtype)
+    dq = _by_query(_dot("BKTGS,BSKH->BKTGH", d_logits, k_BSKH))
+    dk = _dot("BKTGS,BKTGH->BSKH", d_logits, q_BKTGH)
+    none = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (queries, keys, window))
+    return (
+        dq.astype(q_BKTGH.dtype),
+        dk.astype(k_BSKH.dtype),
+        dv.astype(v_BSKH.dtype),
+        none[0],
+        none[1],
+        none[2],
+    )
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)

@@ -17,9 +17,13 @@ Unembed = Callable[[Any, jax.Array], jax.Array]  # (head leaf, [..., D]) -> floa
 
 def token_nll(unembed: Unembed, head, hidden_BTD, targets_BT):
     """-log p(target), float32 [B, T]."""
-    logits_BTV = unembed(head, hidden_BTD)
-    lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    return lse_BT - jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    lse_BT, gold_BT = _lse_and_gold(unembed(head, hidden_BTD), targets_BT)
+    return lse_BT - gold_BT
+
+
+def _lse_and_gold(logits_BTV, targets_BT):
+    gold_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits_BTV, axis=-1), gold_BT
 
 
 def _compact(weight_BT):
@@ -59,17 +63,24 @@ def _cross_entropy_fwd(unembed, head, hidden_BTD, targets_BT, weight_BT, chunk, 
     order, inverse, longest = _compact(weight_BT)
     hidden, targets, weight = (_chunked(_take(x, order), chunk) for x in (hidden_BTD, targets_BT, weight_BT))
 
-    def loss_of(head, hidden_BXD, targets_BX, weight_BX):
-        return jnp.sum(token_nll(unembed, head, hidden_BXD, targets_BX) * weight_BX)
+    def loss_and_grads(hidden_BXD, targets_BX, weight_BX):
+        # The softmax's gradient is written out: autodiff scatters into, and keeps, arrays of the logits' size.
+        if frozen_head:
+            logits_BXV, pull = jax.vjp(lambda x: unembed(head, x), hidden_BXD)
+        else:
+            logits_BXV, pull = jax.vjp(unembed, head, hidden_BXD)
+        lse_BX, gold_BX = _lse_and_gold(logits_BXV, targets_BX)
+        probs_BXV = jnp.exp(logits_BXV - lse_BX[..., None])
+        is_target = jnp.arange(logits_BXV.shape[-1]) == targets_BX[..., None]
+        grads = pull(jnp.where(is_target, probs_BXV - 1.0, probs_BXV) * weight_BX[..., None])
+        return jnp.sum((lse_BX - gold_BX) * weight_BX), grads
 
     def body(i, carry):
         total, d_hidden, d_head = carry
         piece = tuple(_slice(x, i, chunk) for x in (hidden, targets, weight))
-        if frozen_head:
-            loss, dx = jax.value_and_grad(loss_of, 1)(head, *piece)
-        else:
-            loss, (dw, dx) = jax.value_and_grad(loss_of, (0, 1))(head, *piece)
-            d_head = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), d_head, dw)
+        loss, (*dw, dx) = loss_and_grads(*piece)
+        if not frozen_head:
+            d_head = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), d_head, dw[0])
         d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, dx.astype(d_hidden.dtype), i * chunk, axis=1)
         return total + loss, d_hidden, d_head
 

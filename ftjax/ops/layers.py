@@ -16,6 +16,11 @@ def rms_norm(x, scale, eps: float):
     return x_f32.astype(x.dtype) * scale.astype(x.dtype)
 
 
+def silu_times(gate, up):
+    """silu(gate) · up, computed in float32 and rounded once: SwiGLU's middle. Shazeer 2020, arXiv:2002.05202."""
+    return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(up.dtype)
+
+
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
@@ -43,9 +48,12 @@ def rope_frequencies(parameters: dict, head_dim: int) -> jax.Array:
 
 
 def rope_table(positions_BT, freq_X):
-    """(cos, sin), each [B, T, 1, H/2] float32: made once a forward pass and used by every layer."""
+    """(cos, sin), each [B, T, 1, H/2] float32: made once a forward pass and used by every layer.
+
+    The barrier keeps it so: without it, XLA computes both anew for every head of every layer.
+    """
     angle = positions_BT[:, :, None, None].astype(jnp.float32) * freq_X
-    return jnp.cos(angle), jnp.sin(angle)
+    return jax.lax.optimization_barrier((jnp.cos(angle), jnp.sin(angle)))
 
 
 def rope(x_BTNH, table):

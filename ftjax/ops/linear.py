@@ -49,9 +49,9 @@ def einsum(eqn: str, x, w, dtype=None):
     outs = "".join(c for c in w_axes if c not in x_axes)
     rank = next(c for c in "R" + string.ascii_lowercase if c not in eqn)
     h_axes = "".join(c for c in x_axes if c not in ins) + rank
-    h = product(f"{x_axes},{ins}{rank}->{h_axes}", dropout(x, w), w.a)
-    h = h * w.scale.astype(h.dtype)
-    return einsum(eqn, x, w.base, dtype) + product(f"{h_axes},{rank}{outs}->{y_axes}", h, w.b, dtype)
+    h = product(f"{x_axes},{ins}{rank}->{h_axes}", dropout(x, w), w.a, jnp.float32) * w.scale
+    delta = product(f"{h_axes},{rank}{outs}->{y_axes}", h.astype(x.dtype), w.b, jnp.float32)
+    return (einsum(eqn, x, w.base, jnp.float32) + delta).astype(dtype or x.dtype)  # rounded once
 
 
 def dropout(x, w: LoraWeight):
