@@ -1,0 +1,71 @@
+"""Reading and writing the files of a run folder."""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+
+def plain(value: Any) -> Any:
+    """JSON's types: numbers that are not finite are None, arrays of one number are numbers, all else is
+    text."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(v) for v in value]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    try:
+        number = value.item() if hasattr(value, "item") else value
+        if isinstance(number, bool | int | str):
+            return number
+        return float(number) if math.isfinite(number) else None
+    except (TypeError, ValueError):
+        return str(value)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Beside it first, then renamed: nobody ever reads half a file."""
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(text, "utf-8")
+    os.replace(beside, path)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    write_text(path, json.dumps(plain(value), indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """None where there is none."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def read_lines(path: pathlib.Path) -> list[dict]:
+    """The objects of a .jsonl; a last line that was cut short by a kill is left out."""
+    try:
+        text = path.read_text("utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    records = []
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "step" in record:
+            records.append(record)
+    return records
+
+
+def truncate(path: pathlib.Path, step: int) -> list[dict]:
+    """Drop what a run wrote after the step it goes on from (all of it, for step 0); the records that stay."""
+    records = read_lines(path)
+    kept = [r for r in records if step and r["step"] <= step]
+    if path.exists():
+        write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
+    return kept
