@@ -155,6 +155,14 @@ class Units:
         store, index = self._find(unit)
         return store.where(index)
 
+    def fingerprint(self) -> str:
+        """sha256 over every unit's content hash and length, in order, and the weights."""
+        digest = hashlib.sha256(repr(self.weights).encode())
+        digest.update(self.lengths.tobytes())
+        for store, chosen in zip(self.stores, self.selections, strict=True):
+            digest.update(np.asarray(store.hashes)[chosen].tobytes())
+        return digest.hexdigest()
+
 
 @dataclass(frozen=True)
 class Data:

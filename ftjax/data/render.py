@@ -124,11 +124,7 @@ class Renderer:
             except (jinja2.TemplateError, ValueError) as e:
                 raise UserError(f"the chat template can't be used: {e}") from None
         self._prompts = self._generation_prompts(set(template_args or {}))
-        self._openers = {
-            i for p in self._prompts if (ids := self._ids(p)) for i in ids[:1] if i in self._special
-        }
-        if self.bos is not None and self.bos != self.eos:
-            self._openers.add(self.bos)
+        self._openers = self._find_openers()
         self.stop_tokens: frozenset[int] = frozenset(self._find_stop_tokens())
         """Ids that end an assistant turn, the tokenizer's end-of-sequence token among them."""
         settings = [
@@ -413,6 +409,21 @@ class Renderer:
                 found.append(after[len(before) :])
         return found
 
+    def _find_openers(self) -> set[int]:
+        """Special tokens that begin a turn, so that none is taken for the end of the turn before."""
+        openers = {self.bos} if self.bos is not None else set()
+        if self._prompts:
+            for prompt in self._prompts:
+                openers.update(self._ids(prompt))
+        elif self.template is not None:
+            try:
+                before, _, after = self.template(_for_template(_PROBE)).rpartition(_PROBE[1]["content"])
+            except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError):
+                before = after = ""
+            openers.update(self._ids(before.partition(_PROBE[0]["content"])[0]))
+            openers.difference_update(self._ids(after))
+        return (openers & self._special) - {self.eos}
+
     def _find_stop_tokens(self) -> set[int]:
         stops = {self.eos} if self.eos is not None else set()
         if self.template is None:
@@ -555,7 +566,7 @@ def read_template(setting: str | None) -> str | None:
     return path.read_text(encoding="utf-8")
 
 
-_PROBE: list[dict] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+_PROBE: list[dict] = [{"role": "user", "content": "question-7"}, {"role": "assistant", "content": "answer-8"}]
 # How to mark a tool call (by its name, or by a string among its arguments, for templates that look the name
 # up) and whether to mark the message after it; the first whose render is otherwise unchanged is used.
 _STRATEGIES = [("name", True), ("name", False), ("arguments", True), ("arguments", False)]

@@ -173,14 +173,14 @@ def test_preference_rows_share_their_prompt():
         "preferred_output": [{**chats[1], "content": good}],
         "non_preferred_output": [{**chats[1], "content": bad}],
     }
+    whole = [chats[0] + openai[k] for k in ("preferred_output", "non_preferred_output")]
     rows_ = [
         ({"prompt": asked, "chosen": good, "rejected": bad}, "preference"),
         ({"prompt": chats[0], "chosen": good, "rejected": bad}, "preference"),
-        ({"chosen": chats[0] + openai["preferred_output"], "rejected": chats[0] + openai["non_preferred_output"]},
-         "preference"),
+        ({"chosen": whole[0], "rejected": whole[1]}, "preference"),
         (openai, "openai_preference"),
         ({"chosen": "\n\nHuman: q\n\nAssistant: good", "rejected": "\n\nHuman: q\n\nAssistant: bad"}, "hh"),
-    ]  # fmt: skip
+    ]
     for row, name in rows_:
         assert detect(row, "") == name
         example = to_example(row, name, "f:1")
