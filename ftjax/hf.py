@@ -335,6 +335,20 @@ def _not_found(source: str) -> str:
     return f"{source}: no such folder or file" + (f"; did you mean {path.parent / near[0]}?" if near else "")
 
 
+def describe(source: Source) -> dict[str, Any]:
+    """Which weights these are, as RUN/base.json and an adapter's ftjax.json keep it."""
+    return {
+        "source": source.source if _is_hub_id(source) else str(source.path.absolute()),
+        "revision": source.revision,
+        "kind": source.kind,
+        "fingerprint": source.fingerprint(),
+    }
+
+
+def _is_hub_id(source: Source) -> bool:
+    return not Path(source.source).expanduser().exists()
+
+
 def load_tokenizer(source: Source, *, need_chat_template: bool = False):
     """The source's tokenizer (a transformers PreTrainedTokenizerFast).
 
@@ -545,11 +559,11 @@ def _log_softmax(x):
 def save_model(
     folder: str | os.PathLike,
     model: Model,
+    params: dict | None,
     source: Source,
     *,
     plan: Plan | None = None,
     adapters: dict | None = None,
-    params: dict | None = None,
     dtype=None,
     max_shard_bytes: int = 5 * 10**9,
     chat_template: str | None = None,
@@ -558,7 +572,7 @@ def save_model(
     check: Probe | None = None,
     overwrite: bool = False,
 ) -> Saved:
-    """Write a Hugging Face folder: the base with `adapters` (of `plan`) merged in, or `params`, or the base itself.
+    """Write a Hugging Face folder: `params`, or without them the base, `adapters` (of `plan`) merged in if given.
 
     A merge adds in float32 to the base's weights as `source` has them, one tensor at a time, and casts once: to
     `dtype`, or the dtype that each tensor has in the source (bfloat16 for a GGUF file). The folder gets the

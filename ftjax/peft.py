@@ -1,6 +1,6 @@
 """LoRA adapters in PEFT's format, out and in: adapter_model.safetensors and adapter_config.json.
 
-Keys are `base_model.model.` + the torch module's path + `.lora_A.weight` [r, in] or `.lora_B.weight` [out, r].
+Keys are `base_model.model.` + the torch module's path + `.lora_A.weight` [r, in], `.lora_B.weight` [out, r].
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ from ftjax.weights import LOOKUP, Table, flatten, unflatten
 log = logging.getLogger("ftjax")
 WEIGHTS, CONFIG, OWN = "adapter_model.safetensors", "adapter_config.json", "ftjax.json"
 PREFIX = "base_model.model."
-# Fields of adapter_config.json that change what the adapter computes and are not implemented, with their neutral
-# values. Initialisations that alter the base (PiSSA and the like) leave an adapter that fits no published base.
+# Fields of adapter_config.json that change what the adapter computes and are not implemented, with their
+# neutral values. Initialisations that alter the base (PiSSA and the like) fit no published base afterwards.
 NEUTRAL: Mapping[str, tuple] = {
     "use_dora": (False, None),
     "bias": ("none", None),
@@ -53,10 +53,9 @@ def save(
     adapters: dict,
     config: LoraConfig,
     table: Table,
+    source: hf.Source,
     *,
-    base_name: str,
-    base: Mapping[str, Any] | None = None,
-    revision: str | None = None,
+    base_name: str | None = None,
     portable: bool = False,
     chat_template: str | None = None,
     card: str | None = None,
@@ -64,10 +63,11 @@ def save(
 ) -> Path:
     """Write an adapter that PEFT loads: float32, its own rank for each module, PEFT's fields in its config.
 
-    `base_name` becomes base_model_name_or_path; `base` (source, kind, fingerprint) is kept in ftjax.json beside.
-    With `portable`, for loaders that read neither patterns nor use_rslora, scales are folded into B and every
-    rank is the largest. The folder is re-opened and compared before it takes its name. UserError where a factor
-    is not finite, or as `hf.writing`.
+    `base_name` (where the source is, unless given: for a GGUF file name the exported base) becomes
+    base_model_name_or_path; the source and its fingerprint are kept in ftjax.json beside. With `portable`, for
+    loaders that read neither patterns nor use_rslora, scales are folded into B and every rank is the largest.
+    The folder is re-opened and compared before it takes its name. UserError where a factor is not finite, or
+    as `hf.writing`.
     """
     factors = {path: np.asarray(x, np.float32) for path, x in flatten(adapters).items()}
     for path, x in factors.items():
@@ -77,15 +77,16 @@ def save(
         config, plan, factors = _portable(config, plan, factors)
     tensors = _to_peft(plan, factors, table)
     assert tensors and all(x.size for x in tensors.values())
+    base = hf.describe(source)
     fields = _config_fields(config, plan, table) | {
-        "base_model_name_or_path": base_name,
-        "revision": revision,
+        "base_model_name_or_path": base_name or base["source"],
+        "revision": None if base_name else source.revision,
     }
     entries = {name: (x.shape, x.dtype) for name, x in tensors.items()}
     with hf.writing(folder, sum(x.nbytes for x in tensors.values()), overwrite) as tmp:
         hf.write_safetensors(tmp / WEIGHTS, entries, tensors.__getitem__)
         hf.write_json(tmp / CONFIG, fields)
-        hf.write_json(tmp / OWN, {"base": dict(base or {"source": base_name})})
+        hf.write_json(tmp / OWN, {"base": base})
         if chat_template is not None:
             (tmp / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
         if card is not None:
@@ -183,8 +184,8 @@ def _modules(plan: Plan, table: Table) -> list[str]:
 def load(folder: str | os.PathLike, model: Model) -> tuple[LoraConfig, Plan, dict]:
     """An adapter in PEFT's format as (config, plan, adapters tree of float32 arrays), for this model.
 
-    UserError where it is not a plain LoRA adapter, its tensors are not those that its config promises, or their
-    shapes are another model's.
+    UserError where it is not a plain LoRA adapter, its tensors are not those that its config promises, or
+    their shapes are another model's.
     """
     config, plan, factors = read(folder, model.table)
     return config, plan, jax.tree.map(jax.numpy.asarray, factors)
@@ -260,7 +261,7 @@ def _known(field: str, given: tuple[str, ...], modules: list[str], match) -> tup
 
 
 def _without(exclude, targets, layers, modules: list[str], table: Table) -> tuple[str, ...]:
-    """The modules that `targets` and `layers` choose, as full paths, less those that exclude_modules names."""
+    """The modules that `targets` and `layers` choose less those that exclude_modules names, as full paths."""
     plan = lora.plan(LoraConfig(target_modules=targets, layers_to_transform=layers), table)
     if isinstance(exclude, str):
         return tuple(m for m in _modules(plan, table) if not re.fullmatch(exclude, m))
@@ -277,7 +278,7 @@ def _read_weights(folder: Path, plan: Plan, table: Table) -> dict:
     wanted = {f"{PREFIX}{m}.lora_{x}.weight" for m in _modules(plan, table) for x in "AB"}
     missing, extra = sorted(wanted - set(file.entries)), sorted(set(file.entries) - wanted)
     if missing:
-        raise UserError(f"{path}: {len(missing)} tensors that {CONFIG} promises are missing: {hf.few(missing)}")
+        raise UserError(f"{path}: missing {len(missing)} tensors that {CONFIG} promises: {hf.few(missing)}")
     if extra:
         raise UserError(f"{path}: {len(extra)} tensors that {CONFIG} does not account for: {hf.few(extra)}")
 
