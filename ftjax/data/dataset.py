@@ -222,7 +222,9 @@ def load(options: DataOptions, tokenizer, progress: Progress | None = None) -> D
     if not options.streaming:
         for source, part in zip(training, kept, strict=True):
             if not len(part):
-                raise UserError(f"{source.path}: no example is left to train on")
+                raise UserError(
+                    f"{source.path}: eval_fraction {options.eval_fraction} leaves no example to train on"
+                )
         weights = [float(s.weight) for s in training if s.weight is not None]
         train = Units(stores, kept, weights or None)
     evaluation = None

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,6 +14,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 # The marks of a second render: characters of the private-use planes, one for each place, so that a mark
 # survives whatever a template does to a string and never looks like text.
 PLANES = (range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
+_MARKS = {plane: re.compile(f"[{chr(plane.start)}-{chr(plane.stop - 1)}]") for plane in PLANES}
 
 
 class _Generation(jinja2.ext.Extension):
@@ -96,22 +98,19 @@ def unmark(text: str, plane: range) -> tuple[str, dict[int, list[int]]]:
     kept: list[str] = []
     places: dict[int, list[int]] = {}
     length = begin = 0
-    for i, char in enumerate(text):
-        code = ord(char)
-        if code in plane:
-            kept.append(text[begin:i])
-            length += i - begin
-            begin = i + 1
-            places.setdefault(code - plane.start, []).append(length)
+    for mark in _MARKS[plane].finditer(text):
+        kept.append(text[begin : mark.start()])
+        length += mark.start() - begin
+        begin = mark.end()
+        places.setdefault(ord(mark[0]) - plane.start, []).append(length)
     kept.append(text[begin:])
     return "".join(kept), places
 
 
 def free_plane(strings: Iterable[str]) -> range | None:
     """A private-use plane none of the strings has a character of."""
-    used = [False, False]
+    free = list(PLANES)
     for string in strings:
-        if string and max(string) >= "\U000f0000":
-            for i, plane in enumerate(PLANES):
-                used[i] = used[i] or any(ord(c) in plane for c in string)
-    return next((plane for plane, taken in zip(PLANES, used, strict=True) if not taken), None)
+        if string and max(string) >= chr(PLANES[0].start):
+            free = [plane for plane in free if not _MARKS[plane].search(string)]
+    return free[0] if free else None

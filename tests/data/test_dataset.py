@@ -61,7 +61,7 @@ def test_the_cache_key_covers_data_tokenizer_template_and_options(
     for i, change in enumerate(changes):
         assert not load(dataclasses.replace(options, **change), tiny).reports[0].cached
         assert len(list(cache.iterdir())) == i + 2
-    for change in ({"packing": "none"}, {"shuffle": False}, {"eval_fraction": 0.5}):
+    for change in ({"packing": "none"}, {"shuffle": False}, {"eval": path}):
         assert load(dataclasses.replace(options, **change), tiny).reports[0].cached
     write(pairs(3, start=1))
     assert not load(options, tiny).reports[0].cached
