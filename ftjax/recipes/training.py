@@ -1,5 +1,6 @@
 """What the training recipes share, top to bottom: from a config to a tuned, saved, reported run."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -37,7 +38,12 @@ class Setup:
 def main(argv: list[str], recipe: str, make_loss, *, preference: bool = False) -> int:
     """The command line of a training recipe: config, overrides and flags in, a finished run folder out."""
     cfg, flags = config.parse_run_args(argv, recipe)
-    start(cfg, make_loss, preference=preference, **flags)
+    run = start(cfg, make_loss, preference=preference, **flags)
+    if jax.process_index() == 0:
+        result = "adapter" if cfg.lora else "model"
+        print(f"\n{run / result} holds the {result}, {run / 'report.html'} the report. Next:")
+        print(f"  ftjax chat {run}")
+        print(f"  ftjax export {run} --for hf")
     return 0
 
 
@@ -97,19 +103,23 @@ def _train(run: pathlib.Path, cfg, make_loss, preference: bool, devices) -> path
         dtype=dtype, remat=cfg.train.remat, unroll=cfg.train.unroll
     )
     mesh.check(devices, model.table, cfg.train.batch_size // cfg.train.microbatches)
-    write_base(run, source)
+    pin(run / "base.json", hf.describe(source), "fingerprint", f"the weights of {cfg.model}")
 
     # 2. the data, planned into rows
     context = model.config.max_position_embeddings
     if cfg.data.max_length > context:
-        raise UserError(f"data.max_length={cfg.data.max_length} exceeds the model's context of {context} tokens")
-    data, eval_data, reports = open_data(cfg, tokenizer, preference)
+        raise UserError(
+            f"data.max_length={cfg.data.max_length} exceeds the model's context of {context} tokens"
+        )
+    data, eval_data, reports = open_data(run, cfg, tokenizer, preference)
     total_steps = cfg.train.max_steps or data.steps(cfg.train.epochs)
 
     # 3. the frozen tree and the trainable one
     plan = lora.plan(cfg.lora, model.table) if cfg.lora else None
     base_shardings = weights.shardings(model.table, mesh.WEIGHT_RULES, devices)
-    base_dtype = dtype if plan else jnp.float32  # full fine-tuning keeps float32 weights and computes in dtype
+    base_dtype = (
+        dtype if plan else jnp.float32
+    )  # full fine-tuning keeps float32 weights and computes in dtype
     base = hf.load_params(source, model, dtype=base_dtype, shardings=base_shardings)
     trainable, frozen, params_of = split(cfg, model, plan, base, devices, keep_reference=preference)
     del base
@@ -135,16 +145,17 @@ def _train(run: pathlib.Path, cfg, make_loss, preference: bool, devices) -> path
         progress = train.Progress(**facts)
         saver.set_aside(after=int(state.step))
     first = int(state.step)
-    reporter = report.Reporter(run, cfg.report, total_steps=total_steps, resume_step=first)
+    reporter = report.Reporter(
+        run, cfg.report, total_steps=total_steps, resume_step=first, unit="pair" if preference else "tok"
+    )
     reporter.start(
         {
             "recipe": cfg.recipe,
             "model": cfg.model,
             "parameters": model.table.count(),
             "trainable": sum(x.size for x in jax.tree.leaves(trainable)),
-            "data": [dataclasses.asdict(r) for r in reports],
-            "rows": data.stats,
-            "eval_rows": eval_data.stats if eval_data else None,
+            "train": describe(reports[: len(data_sources(cfg.data.train))]) | data.stats,
+            "eval": eval_data.stats if eval_data else None,
             "mesh": dict(devices.shape),
             "setup_seconds": time.perf_counter() - clock,
         }
@@ -193,7 +204,9 @@ def _train(run: pathlib.Path, cfg, make_loss, preference: bool, devices) -> path
             best = saver.restore(state, step=progress.best_step)
             assert best is not None, "the best step is kept"
             state = best[0]
-            reporter.event(last, f"the best evaluation was after step {progress.best_step}: its weights are kept")
+            reporter.event(
+                last, f"the best evaluation was after step {progress.best_step}: its weights are kept"
+            )
         save_result(run, cfg, source, model, plan, state.trainable)
         reporter.finish({"steps": last, "kept_step": int(state.step), **dataclasses.asdict(progress)})
     finally:
@@ -202,7 +215,7 @@ def _train(run: pathlib.Path, cfg, make_loss, preference: bool, devices) -> path
     return run
 
 
-def open_data(cfg, tokenizer, preference: bool):
+def open_data(run: pathlib.Path, cfg, tokenizer, preference: bool):
     """(training loader, evaluation loader or None, what became of each source's examples)."""
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
     cut = dict(batch_size=cfg.train.batch_size, microbatches=cfg.train.microbatches, seed=cfg.seed)
@@ -218,23 +231,50 @@ def open_data(cfg, tokenizer, preference: bool):
             want = "pairs of a chosen and a rejected answer" if preference else "conversations or text"
             raise UserError(f"data.train holds {kind}; ftjax {cfg.recipe} trains on {want}")
         data = Loader(found.train, cfg.data, **cut, **hosts)
+        facts = {"source": data_sources(cfg.data.train), "fingerprint": found.train.fingerprint()}
+        pin(run / "data.json", facts, "fingerprint", "the training data")
     eval_data = None
     if found.eval is not None:
         eval_data = Loader(found.eval, cfg.data, train=False, **cut, **hosts)
     return data, eval_data, found.reports
 
 
+def describe(reports) -> dict[str, Any]:
+    """Counts over all sources, for the report; "dropped" by reason."""
+    counted = ("rows", "documents", "tokens", "trained", "truncated")
+    out: dict[str, Any] = {name: sum(getattr(r, name) for r in reports) for name in counted}
+    out["format"] = ", ".join(sorted({r.format for r in reports if r.format}))
+    for name in ("drops", "notes"):
+        found = collections.Counter()
+        for r in reports:
+            found.update(getattr(r, name))
+        out["dropped" if name == "drops" else name] = dict(found)
+    return out
+
+
+def data_sources(setting) -> list[str]:
+    return [source.path for source in dataset.sources(setting)]
+
+
 def save_result(run: pathlib.Path, cfg, source, model: Model, plan: lora.Plan | None, trainable) -> None:
     """RUN/adapter in PEFT's format, or in full fine-tuning RUN/model in Hugging Face's."""
     template = cfg.data.chat_template
     text = pathlib.Path(template).read_text() if template and template != "none" else None
-    settings = {f"{k}.{n}": v for k, part in config.resolved(cfg).items() if isinstance(part, dict)
-                for n, v in part.items() if k in ("lora", "optim", "train")}  # fmt: skip
+    values = config.resolved(cfg)
+    settings = {
+        f"{part}.{key}": v
+        for part in ("lora", "optim", "train")
+        for key, v in (values.get(part) or {}).items()
+        if v not in (None, [], {})
+    }
     card = hf.model_card(
         name=run.name,
         base=source.source,
         library="peft" if plan else "transformers",
-        data={"train": cfg.data.train, "rows up to": f"{cfg.data.max_length} tokens"},
+        data={
+            "train": ", ".join(data_sources(cfg.data.train)),
+            "rows up to": f"{cfg.data.max_length} tokens",
+        },
         settings=settings,
     )
     if plan:
@@ -244,16 +284,21 @@ def save_result(run: pathlib.Path, cfg, source, model: Model, plan: lora.Plan | 
             trainable,
             cfg.lora,
             model.table,
-            base_name=source.source,
-            base={"source": source.source, "kind": source.kind, "fingerprint": source.fingerprint()},
-            revision=source.revision,
+            source,
             chat_template=text,
             card=card,
             overwrite=True,
         )
     else:
         hf.save_model(
-            run / "model", model, source, params=trainable, chat_template=text, card=card, overwrite=True
+            run / "model",
+            model,
+            trainable,
+            source,
+            chat_template=text,
+            card=card,
+            check=hf.probe(model, trainable),
+            overwrite=True,
         )
 
 
@@ -285,18 +330,11 @@ def split(cfg, model: Model, plan: lora.Plan | None, base, devices, keep_referen
     return adapters, base, params_of
 
 
-def write_base(run: pathlib.Path, source) -> None:
-    """RUN/base.json: which weights the run stands on. UserError where a resumed run finds others there."""
-    facts = {
-        "source": str(source.source),
-        "path": str(source.path),
-        "revision": source.revision,
-        "kind": source.kind,
-        "fingerprint": source.fingerprint(),
-    }
-    path = run / "base.json"
-    if path.exists() and json.loads(path.read_text())["fingerprint"] != facts["fingerprint"]:
+def pin(path: pathlib.Path, facts: dict[str, Any], key: str, what: str) -> None:
+    """Write `facts` for later verbs, and for a resumed run: UserError where it finds another facts[key] there."""
+    if path.exists() and json.loads(path.read_text()).get(key) != facts[key]:
         raise UserError(
-            f"{source.source} holds other weights than when this run began; use them in a new output folder"
+            f"{what} changed since this run began, so it cannot go on as it was: choose another output, or "
+            f"--overwrite to start anew (see {path})"
         )
     path.write_text(json.dumps(facts, indent=1))

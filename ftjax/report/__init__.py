@@ -48,8 +48,9 @@ class ReportOptions:
             raise UserError(f"report.every={self.every}: at least 1 step")
 
 
+from ftjax.report.files import write_json  # noqa: E402
 from ftjax.report.page import write_report  # noqa: E402
 from ftjax.report.progress import Bar  # noqa: E402
 from ftjax.report.reporter import Reporter  # noqa: E402
 
-__all__ = ["Bar", "ReportOptions", "Reporter", "write_report"]
+__all__ = ["Bar", "ReportOptions", "Reporter", "write_json", "write_report"]
