@@ -522,11 +522,20 @@ def _in_words_at(cls, path: Path) -> str:
     return _list(list(found), "or") if found else "another type"
 
 
+def _described(cls) -> dict[str, Any]:
+    """Its JSON Schema. Pydantic finds the docstrings of a class's own fields only, so add its parent's."""
+    tree = _adapter(cls).json_schema()
+    if RunConfig in cls.__bases__:
+        for name, field in _adapter(RunConfig).json_schema()["properties"].items():
+            tree["properties"][name].setdefault("description", field["description"])
+    return tree
+
+
 def _doc(cls, path: Path) -> str:
     """The docstring under the field, from its section's schema."""
     for tp in _types_at(cls, path[:-1]):
         if dataclasses.is_dataclass(tp):
-            fields = _adapter(tp).json_schema()["properties"]
+            fields = _described(tp)["properties"]
             return " ".join(fields.get(path[-1], {}).get("description", "").split())
     return ""
 
@@ -602,7 +611,7 @@ def schema(recipe: str) -> dict:
     """The JSON Schema of a recipe's configs, for editors. UserError for a recipe that does not exist."""
     if recipe not in RECIPES:
         raise UserError(f"there is no recipe {recipe!r}; there are {_list(sorted(RECIPES), 'and')}")
-    tree = pydantic.TypeAdapter(RECIPES[recipe]).json_schema()
+    tree = _described(RECIPES[recipe])
     tree["required"] = [name for name in tree.get("required", []) if name != "output"]  # load fills it in
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | tree
 
