@@ -47,7 +47,7 @@ class LoraConfig:
         for name, rank in ranks.items():
             if rank < 1:
                 raise UserError(
-                    f"lora.{name}={rank}: a rank is at least 1 (leave lora out to tune every weight)"
+                    f"lora.{name}={rank}: a rank is at least 1 (`lora: null` tunes every weight)"
                 )
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"lora.lora_dropout={self.lora_dropout}: a share in [0, 1)")
