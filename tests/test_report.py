@@ -122,7 +122,7 @@ def test_plain_lines_where_the_output_is_no_terminal(tmp_path):
     run_steps(report, 1, 6)
     report.close()
     lines = stream.getvalue().splitlines()
-    assert lines[0].startswith("step 1/6  loss 3  lr 1.00e-03  20 tok/s  ")  # the first at once,
+    assert lines[0].startswith("step 1/6  loss 3  lr 1.0e-03  20 tok/s  ")  # the first at once,
     assert [x.split("  ")[0] for x in lines if x.startswith("step")] == [
         "step 1/6",
         "step 6/6",

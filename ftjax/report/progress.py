@@ -70,11 +70,13 @@ class Bar:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
 
+        console = Console(file=stream)
+        bar = [BarColumn(bar_width=16)] if console.width >= 100 else []
         self._live = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=16),
+            *bar,
             TextColumn("{task.fields[note]}"),
-            console=Console(file=stream),
+            console=console,
             refresh_per_second=4,
         )
         self._live.start()
@@ -127,5 +129,7 @@ class Bar:
             return f"{rate:.3g}/s"
         if self.done >= self.total:
             return f"in {duration(t1 - self._begun)}"
-        shown = f"{rate:.3g}/s" if rate >= 1 else f"{1 / rate:.3g} s each"
-        return f"{shown}  {duration((self.total - self.done) / rate)} left"
+        left = f"{duration((self.total - self.done) / rate)} left"
+        if self.note:  # which says its own rate
+            return left
+        return f"{rate:.3g}/s  {left}" if rate >= 1 else f"{1 / rate:.3g} s each  {left}"

@@ -95,7 +95,7 @@ class Reporter:
             self._write("train", step, values)
         parts = [f"loss {values['loss']:.4g}"] if "loss" in values else []
         if "learning_rate" in values:
-            parts.append(f"lr {values['learning_rate']:.2e}")
+            parts.append(f"lr {values['learning_rate']:.1e}")
         if "rate" in values:
             parts.append(f"{count(values['rate'])} {self.unit}/s")
         parts.append(size(values["memory_bytes"]))
