@@ -145,7 +145,7 @@ def _header(name: str, info: Mapping, summary: Mapping | None, lines: chart.Curv
         figures.append((f"{lines.train.x[-1]:g}" + (f" / {total}" if total else ""), "steps"))
     if info.get("trainable"):
         share = f" of {count(info['parameters'])}" if info.get("parameters") else ""
-        figures.append((count(info["trainable"]), f"weights trained{share}"))
+        figures.append((count(info["trainable"]), "weights trained" + share.replace(" ", "\u00a0")))
     if summary and summary.get("seconds"):
         figures.append((duration(summary["seconds"]), "training time"))
     cells = "".join(f"<div><b>{_e(value)}</b><span>{_e(label)}</span></div>" for value, label in figures)
