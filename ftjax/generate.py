@@ -1,8 +1,9 @@
 """Text from a model: prompts are prefilled into a key/value cache, then decoded a chunk of tokens at a time.
 
-Prefill and decode are compiled apart, for lengths rounded up to a few buckets. A batch's prompts are padded on the
-left. What all prompts begin with (an instruction, few-shot examples) is prefilled once and copied to every row.
-Between chunks the host looks for stop strings and hands text on; within one, nothing leaves the device.
+Prefill and decode are compiled apart, for lengths rounded up to a few buckets. A batch's prompts are padded
+on the left. What all prompts begin with (an instruction, few-shot examples) is prefilled once and copied to
+every row. Between chunks the host looks for stop strings and hands text on; within one, nothing leaves the
+device.
 """
 
 import dataclasses
@@ -91,7 +92,7 @@ class Completion:
 
 
 class Filters(NamedTuple):
-    """Which steps of choosing a token are compiled in: the part of GenerateOptions that shapes the program."""
+    """Which steps of choosing a token are compiled in: what of GenerateOptions shapes the program."""
 
     greedy: bool
     penalty: bool
@@ -146,7 +147,8 @@ def filter_logits(logits_BV, seen_BV, filters: Filters, n: Mapping[str, Any]):
 
 
 def choose(logits_BV, seen_BV, filters: Filters, n: Mapping[str, Any], ids_B, index):
-    """The next token of each row, int32 [B]. A row's draw depends on (seed, its id, its `index`-th new token)."""
+    """The next token of each row, int32 [B]. A row's draw depends on (seed, its id, `index`: the tokens it
+    made before)."""
     logits_BV = filter_logits(logits_BV, seen_BV, filters, n)
     if filters.greedy:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
@@ -172,7 +174,7 @@ class State(struct.PyTreeNode):
 
 
 class _Program:
-    """A function compiled once for each set of static values, shapes and shardings; knows how long that took."""
+    """A function compiled once for each set of static values, shapes and shardings, the compiling timed."""
 
     def __init__(self, function, donate: tuple[int, ...] = ()):
         self.function = jax.jit(function, static_argnums=0, donate_argnums=donate)
@@ -219,7 +221,7 @@ class _Programs:
         cache = self.model.init_cache(*size)
         if prefix is None:
             return cache
-        P = prefix.k.shape[2]
+        P = prefix.segments.shape[1]
         return KVCache(
             k=cache.k.at[:, :, :P].set(prefix.k),
             v=cache.v.at[:, :, :P].set(prefix.v),
@@ -288,7 +290,7 @@ def bucket(n: int) -> int:
     return size
 
 
-def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+def common_prefix(prompts: list[list[int]]) -> int:
     """Tokens that all prompts begin with; each keeps at least one of its own."""
     low, high = min(prompts), max(prompts)  # in lexical order the extremes differ first
     n = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
@@ -298,13 +300,15 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
 class _Row:
     """The host's view of one answer: its tokens, its text, where it ended."""
 
-    def __init__(self, tokenizer, prompt: Sequence[int], budget: int, eos: frozenset[int], stop: tuple[str, ...]):
+    def __init__(
+        self, tokenizer, prompt: Sequence[int], budget: int, eos: frozenset[int], stop: tuple[str, ...]
+    ):
         self.tokenizer, self.eos, self.stop, self.budget = tokenizer, eos, stop, budget
         self.tokens: list[int] = []
         self.finish: str | None = None
         self.text = self.shown = ""
         self.cut = False
-        # Some tokenizers drop a leading space: the answer is decoded together with the prompt's end, less that.
+        # Some tokenizers drop a leading space: so an answer is decoded after the prompt's end, which is cut.
         self.tail = list(prompt[-4:])
         self.tail_text = self._decode(self.tail)
         if self.tail_text.endswith("\ufffd"):
@@ -344,7 +348,7 @@ class _Row:
             self.finish, self.cut = "stop", True
 
     def piece(self) -> str:
-        """Text not yet shown, less what later tokens may still change: half a character, half a stop string."""
+        """Text not yet shown, less what later tokens may change: half a character, half a stop string."""
         text = self.final()
         if not self.finish:
             text = text.rstrip("\ufffd")
@@ -364,8 +368,8 @@ class _Row:
 class Generator:
     """Answers prompts with one model and one set of weights (plain, or with LoraWeight leaves).
 
-    `eos` are the tokens that end an answer: see `end_tokens`. `rules` of sharding come with the weights; programs
-    are compiled on first use and shared by all generators of the same model.
+    `eos` are the tokens that end an answer: see `end_tokens`. Programs are compiled on first use and shared
+    by all generators of the same model, whatever their weights.
     """
 
     def __init__(self, model: Model, params, tokenizer=None, *, eos: Sequence[int] = ()):
@@ -375,8 +379,8 @@ class Generator:
         self._programs = _Programs.get(model)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Token ids of each prompt; text gets the special tokens that the tokenizer adds (a chat prompt made by
-        `chat_prompt` is ids already). UserError for an empty one or an id outside the vocabulary."""
+        """Token ids of each prompt; text gets the special tokens that the tokenizer adds (what `chat_prompt`
+        makes is ids already). UserError for an empty one or an id outside the vocabulary."""
         out = []
         for i, prompt in enumerate(prompts):
             if isinstance(prompt, str):
@@ -396,7 +400,7 @@ class Generator:
         return out
 
     def budget(self, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> list[int]:
-        """New tokens each prompt may have within the context; a cut is logged, no room at all is a UserError."""
+        """New tokens each prompt may have within the context; a cut is logged, no room is a UserError."""
         room = self.model.config.max_position_embeddings
         for i, prompt in enumerate(prompts):
             if len(prompt) >= room:
@@ -408,9 +412,13 @@ class Generator:
         short = [b for b in budgets if b < options.max_new_tokens]
         if short:
             log.warning(
-                "the context of %d tokens leaves %d of %d prompts fewer than max_new_tokens=%d new tokens (least: %d)",
-                room, len(short), len(prompts), options.max_new_tokens, min(short),
-            )  # fmt: skip
+                "the context of %d tokens leaves %d of %d prompts fewer than max_new_tokens=%d (least: %d)",
+                room,
+                len(short),
+                len(prompts),
+                options.max_new_tokens,
+                min(short),
+            )
         return budgets
 
     def generate(
@@ -422,8 +430,8 @@ class Generator:
         on_text: Callable[[int, str], None] | None = None,
         share_prefix: bool = True,
     ) -> list[Completion]:
-        """All prompts as one batch. `on_text(index, piece)` gets text as it comes. `ids` (default 0, 1, …) name
-        the rows for their random numbers."""
+        """All prompts as one batch. `on_text(index, piece)` gets text as it comes. `ids` (default 0, 1, …)
+        name the rows for their random numbers."""
         tokens = self.encode(prompts)
         if not tokens:
             return []
@@ -443,8 +451,8 @@ class Generator:
         progress: Callable[[int, int], None] | None = None,
         share_prefix: bool = True,
     ) -> list[Completion]:
-        """Any number of prompts, in batches of like length; results in the prompts' order. What all prompts begin
-        with is prefilled once. `progress(done, total)` is called after each batch."""
+        """Any number of prompts, in batches of like length; results in the prompts' order. What all prompts
+        begin with is prefilled once. `progress(done, total)` is called after each batch."""
         if batch_size < 1:
             raise UserError(f"generate: batch_size={batch_size}: at least 1")
         tokens = self.encode(prompts)
@@ -483,9 +491,11 @@ class Generator:
         jax.block_until_ready(prefix)
         return prefix, time.perf_counter() - start - (self.compile_s - compiled)
 
-    def _batch(self, rows, size: int, options: GenerateOptions, prefix, spent: float, on_text) -> list[Completion]:
-        """Generate for `rows` of (index, tokens, budget, id), padded to `size` rows that are done from the start."""
-        P = 0 if prefix is None else prefix.k.shape[2]
+    def _batch(
+        self, rows, size: int, options: GenerateOptions, prefix, spent: float, on_text
+    ) -> list[Completion]:
+        """Answers to `rows` of (index, tokens, budget, id); rows that are done at once fill up to `size`."""
+        P = 0 if prefix is None else prefix.segments.shape[1]
         V = self.model.config.vocab_size
         T = bucket(max(len(r[1]) for r in rows) - P)
         S = -(-(P + T + max(r[2] for r in rows)) // 64) * 64
@@ -515,7 +525,9 @@ class Generator:
             seen=seen_BV,
         )
         state = jax.tree.map(jnp.asarray, state)
-        state = self._call(self._programs.prefill, static, self.params, state, tokens_BT, positions_BT, eos, data)
+        state = self._call(
+            self._programs.prefill, static, self.params, state, tokens_BT, positions_BT, eos, data
+        )
         first = np.asarray(state.token)[:, None]
         prefill_s = spent + time.perf_counter() - start - (self.compile_s - compiled)
 
@@ -545,8 +557,8 @@ class Generator:
 
 
 def prepare(params, dtype=None, *, merge: bool = True):
-    """A parameter tree ready to generate with: floats in `dtype` (as they are if None), LoRA factors folded in
-    (in float32, rounded once) or, without `merge`, left beside their weights."""
+    """A parameter tree ready to generate with: weights in `dtype` (as they are if None), LoRA factors
+    folded in (in float32, rounded once) or, without `merge`, left beside their weights."""
 
     def one(w):
         if isinstance(w, NoisyEmbedding):
@@ -561,13 +573,13 @@ def prepare(params, dtype=None, *, merge: bool = True):
 
 
 def default_dtype():
-    """What to generate in where the user does not say: bfloat16 on accelerators, float32 on CPU (where decoding
-    in bfloat16 is several times slower)."""
+    """What to generate in where the user does not say: bfloat16 on accelerators, float32 on CPU, where
+    decoding in bfloat16 is slower, the more so the longer the cache."""
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
 def chat_prompt(tokenizer, messages: Sequence[Mapping[str, Any]], tools=None, **template_kwargs) -> list[int]:
-    """Token ids of a conversation up to where the assistant speaks, by the tokenizer's chat template. Its special
+    """Token ids of a conversation up to where the assistant speaks, by the tokenizer's chat template. Special
     tokens are the template's own: none is added twice. UserError where there is no template or it refuses."""
     import jinja2
 

@@ -1,0 +1,405 @@
+"""Decoding equals the full forward pass, and transformers; sampling equals transformers' processors."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from ftjax import generate, hf, lora, models, weights
+from ftjax.errors import UserError
+from ftjax.generate import Filters, GenerateOptions, Generator
+
+ASSETS = pathlib.Path(__file__).parent / "assets"
+GREEDY = GenerateOptions(max_new_tokens=12)
+SAMPLED = GenerateOptions(max_new_tokens=12, temperature=1.3, top_p=0.95, seed=5)
+
+
+@functools.cache
+def model():
+    return tiny.model(vocab_size=400)
+
+
+@functools.cache
+def windowed():
+    return tiny.model(vocab_size=400, model_type="mistral", sliding_window=6)
+
+
+MODELS = {"llama": model, "mistral": windowed}
+
+
+@functools.cache
+def params(seed=0):
+    tree = weights.init(jax.random.key(seed), model().table)
+    return tree | {"embed": tree["embed"] * 10}  # logits that differ by more than rounding
+
+
+@functools.cache
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(ASSETS / "tiny_tokenizer")
+
+
+def prompts(lengths, prefix=(), seed=0):
+    rng = np.random.default_rng(seed)
+    return [[*prefix, *map(int, rng.integers(5, 400, n))] for n in lengths]
+
+
+@functools.cache
+def _forward(kind):
+    m = MODELS[kind]()
+    return jax.jit(lambda params, tokens, segments: m.logits(params, tokens, None, segments))
+
+
+def full_forward(m, params, prompt, count, eos=()):
+    """Greedy decoding without a cache."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + count:
+        row = np.zeros((1, 96), np.int32)
+        row[0, : len(tokens)] = tokens
+        logits = _forward(m.config.model_type)(
+            params, row, (np.arange(96) < len(tokens)).astype(np.int32)[None]
+        )
+        tokens.append(int(jnp.argmax(logits[0, len(tokens) - 1])))
+        if tokens[-1] in eos:
+            break
+    return tuple(tokens[len(prompt) :])
+
+
+def tokens_of(completions):
+    return [c.tokens for c in completions]
+
+
+def test_a_ragged_batch_equals_the_full_forward_pass():
+    asked = prompts([3, 16, 9])
+    want = [full_forward(model(), params(), p, 12) for p in asked]
+    generator = Generator(model(), params())
+    got = generator.generate(asked, GREEDY)
+    assert tokens_of(got) == want
+    assert [(c.finish, c.prompt_tokens, c.new_tokens) for c in got] == [("length", n, 12) for n in (3, 16, 9)]
+    assert tokens_of(generator.generate(asked[1:2], GREEDY)) == want[1:2]
+    # An end token stops its row, is part of its tokens, and leaves the others alone.
+    eos = want[0][4]
+    ended = Generator(model(), params(), eos=[eos]).generate(asked, GREEDY)
+    cut = [t[: t.index(eos) + 1] if eos in t else t for t in want]
+    assert tokens_of(ended) == cut and ended[0].finish == "stop"
+
+
+def test_a_sliding_window_counts_positions_not_slots():
+    m = windowed()
+    asked = prompts([2, 14])
+    got = Generator(m, params()).generate(asked, GREEDY)
+    assert tokens_of(got) == [full_forward(m, params(), p, 12) for p in asked]
+
+
+def test_a_shared_prefix_changes_nothing():
+    asked = prompts([5, 1, 9], prefix=prompts([30], seed=1)[0])
+    generator = Generator(model(), params())
+    want = [full_forward(model(), params(), p, 12) for p in asked]
+    assert tokens_of(generator.generate(asked, GREEDY)) == want
+    assert tokens_of(generator.generate(asked, GREEDY, share_prefix=False)) == want
+    penalised = dataclasses.replace(GREEDY, repetition_penalty=1.5)
+    plain = generator.generate(asked, penalised, share_prefix=False)
+    assert tokens_of(generator.generate(asked, penalised)) == tokens_of(plain) != want
+
+
+def test_an_answer_depends_on_seed_and_id_not_on_neighbours():
+    asked = prompts([5, 8, 11, 6, 3])
+    generator = Generator(model(), params())
+    all_ = tokens_of(generator.generate(asked, SAMPLED))
+    assert tokens_of(generator.generate_many(asked, SAMPLED, batch_size=2)) == all_
+    assert tokens_of(generator.generate(asked[2:3], SAMPLED, ids=[2])) == all_[2:3]
+    again = generator.generate([asked[0]] * 2, SAMPLED)
+    assert again[0].tokens == all_[0] != again[1].tokens
+    other = generator.generate(asked, dataclasses.replace(SAMPLED, seed=6))
+    assert all(a != b for a, b in zip(tokens_of(other), all_, strict=True))
+
+
+def test_lengths_of_one_bucket_and_other_temperatures_compile_nothing():
+    generator = Generator(model(), params())
+    generator.generate(prompts([5, 8]), SAMPLED)
+    spent = generator.compile_s
+    generator.generate(prompts([16, 2]), dataclasses.replace(SAMPLED, temperature=0.4, top_p=0.5, seed=1))
+    Generator(model(), params(1)).generate(prompts([7, 7]), SAMPLED)
+    assert generator.compile_s == spent
+    seen = []
+    generator.generate_many(prompts([5] * 4), SAMPLED, batch_size=2, progress=lambda *a: seen.append(a))
+    assert generator.compile_s == spent and seen == [(2, 4), (4, 4)]
+
+
+def test_decoding_does_not_copy_the_cache():
+    m = tiny.model(vocab_size=400, num_hidden_layers=8)
+    programs = generate._Programs.get(m)
+    cache = jax.eval_shape(lambda: m.init_cache(16, 512))
+    row = jax.ShapeDtypeStruct((16,), jnp.int32)
+    state = generate.State(
+        cache=cache,
+        token=row,
+        position=row,
+        left=row,
+        done=jax.ShapeDtypeStruct((16,), bool),
+        made=jax.ShapeDtypeStruct((), jnp.int32),
+        ids=jax.ShapeDtypeStruct((16,), jnp.uint32),
+        seen=None,
+    )
+    data = (np.zeros(1, np.int32), generate.numbers(GREEDY), np.int32(4))
+    args = Filters.of(GREEDY), weights.abstract(m.table), state, *data
+    used = programs.decode.function.lower(*args).compile().memory_analysis()
+    whole = cache.k.size * cache.k.dtype.itemsize
+    assert used.temp_size_in_bytes < whole, "a copy of the keys or values of all layers"
+    assert used.alias_size_in_bytes > 2 * whole, "the cache is not updated in place"
+
+
+def test_lora_unmerged_and_merged_answer_alike():
+    plan = lora.plan(lora.LoraConfig(r=4, rank_pattern={"q_proj": 2}), model().table)
+    attached = lora.attach(params(), tiny.adapters(plan, model().table), plan)
+    asked = prompts([4, 9])
+    beside = Generator(model(), generate.prepare(attached, merge=False)).generate(asked, GREEDY)
+    merged = Generator(model(), generate.prepare(attached)).generate(asked, GREEDY)
+    assert tokens_of(beside) == tokens_of(merged)
+    assert tokens_of(beside) != tokens_of(Generator(model(), params()).generate(asked, GREEDY))
+    # Merged in float32 and rounded once, though the base is kept in less.
+    low = lora.attach(generate.prepare(params(), jnp.bfloat16), tiny.adapters(plan, model().table), plan)
+    got = generate.prepare(low, jnp.float32)["layers"]["up"]
+    w = low["layers"]["up"]
+    want = w.base.astype(jnp.float32) + jnp.einsum("ldr,lrf,l->ldf", w.a, w.b, w.scale)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    assert generate.prepare(low, jnp.bfloat16)["layers"]["up"].dtype == jnp.bfloat16
+
+
+def test_the_context_cuts_or_refuses(caplog):
+    generator = Generator(model(), params())
+    got = generator.generate(prompts([120, 4]), GREEDY)
+    assert [(c.new_tokens, c.finish) for c in got] == [(8, "length"), (12, "length")]
+    assert "leaves 1 of 2 prompts fewer than max_new_tokens=12 (least: 8)" in caplog.text
+    with pytest.raises(UserError, match="prompt 0 has 128 tokens, the model's context is 128"):
+        generator.generate(prompts([128]), GREEDY)
+
+
+@pytest.mark.fast
+def test_prompts_are_checked():
+    generator = Generator(model(), {})
+    with pytest.raises(UserError, match="prompt 1 is empty"):
+        generator.generate([[1], []], GREEDY)
+    with pytest.raises(UserError, match="has token 400, the model's vocabulary is 400"):
+        generator.generate([[1, 400]], GREEDY)
+    with pytest.raises(UserError, match="needs a tokenizer"):
+        generator.generate(["a"], GREEDY)
+    assert generator.generate([], GREEDY) == generator.generate_many([], GREEDY) == []
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(max_new_tokens=0), "max_new_tokens=0: at least 1"),
+        (dict(temperature=-1.0), "temperature=-1.0"),
+        (dict(temperature=1.0, top_p=0.0), "top_p=0.0: a share"),
+        (dict(temperature=1.0, min_p=1.5), "min_p=1.5"),
+        (dict(repetition_penalty=0.0), "repetition_penalty=0.0: above 0"),
+        (dict(seed=-1), "seed=-1"),
+        (dict(stop=("",)), "stop"),
+        (dict(top_k=5), "no effect with temperature=0"),
+    ],
+)
+def test_options_are_checked(changes, message):
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        GenerateOptions(**changes)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(temperature=0.7),
+        dict(temperature=1.0, top_k=7),
+        dict(temperature=1.5, top_k=1000),
+        dict(temperature=1.0, top_p=0.8),
+        dict(temperature=1.0, top_p=1e-6),
+        dict(temperature=1.0, min_p=0.2),
+        dict(temperature=1.0, repetition_penalty=1.7),
+        dict(temperature=0.6, top_k=20, top_p=0.9, min_p=0.05, repetition_penalty=0.8),
+    ],
+    ids=lambda o: ",".join(o),
+)
+def test_sampling_filters_equal_transformers(options):
+    torch = pytest.importorskip("torch")
+    from transformers.generation import logits_process as lp
+
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 3, (3, 50)).astype(np.float32)
+    context = rng.integers(0, 50, (3, 9))
+    o = GenerateOptions(**options)
+    steps = [lp.TemperatureLogitsWarper(o.temperature)]
+    if o.repetition_penalty != 1:
+        steps.insert(0, lp.RepetitionPenaltyLogitsProcessor(o.repetition_penalty))
+    steps += [lp.TopKLogitsWarper(min(o.top_k, 50))] if o.top_k else []
+    steps += [lp.TopPLogitsWarper(o.top_p)] if o.top_p < 1 else []
+    steps += [lp.MinPLogitsWarper(o.min_p)] if o.min_p else []
+    want = torch.tensor(logits)
+    for step in steps:
+        want = step(torch.tensor(context), want)
+    seen = np.zeros((3, 50), bool)
+    np.put_along_axis(seen, context, True, axis=1)
+    got = generate.filter_logits(jnp.asarray(logits), seen, Filters.of(o), generate.numbers(o))
+    np.testing.assert_allclose(got, want.numpy(), rtol=1e-6)
+
+
+@pytest.mark.fast
+def test_draws_follow_the_probabilities():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
+    o = GenerateOptions(temperature=1.0)
+    draw = jax.vmap(
+        lambda i: generate.choose(logits, None, Filters.of(o), generate.numbers(o), jnp.array([3]), i)
+    )
+    share = np.bincount(np.asarray(draw(jnp.arange(4000)))[:, 0], minlength=3) / 4000
+    np.testing.assert_allclose(share, [0.5, 0.3, 0.2], atol=0.03)
+
+
+@pytest.mark.fast
+def test_buckets_and_prefixes():
+    sizes = [generate.bucket(n) for n in range(1, 2000)]
+    assert all(size >= n for n, size in enumerate(sizes, 1)) and sizes == sorted(sizes)
+    assert sorted(set(sizes)) == [16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
+    assert generate.common_prefix([[1, 2, 3], [1, 2, 4], [1, 2, 3, 5]]) == 2
+    assert generate.common_prefix([[1, 2, 3], [1, 2, 3]]) == 2  # each keeps a token of its own
+    assert generate.common_prefix([[1], [2, 3]]) == 0
+
+
+def _fed(text, chunks, **kwargs):
+    row = generate._Row(tokenizer(), [5, 6], **{"budget": 999, "eos": frozenset(), "stop": ()} | kwargs)
+    ids = tokenizer()(text, add_special_tokens=False)["input_ids"]
+    pieces = []
+    for i in range(0, len(ids), chunks):
+        row.feed(ids[i : i + chunks])
+        pieces.append(row.piece())
+    return row, pieces, ids
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("chunks", [1, 3, 99])
+def test_stop_strings_are_found_across_tokens(chunks):
+    row, pieces, ids = _fed("one two STOPPED three", chunks, stop=("never", "o STOP"))
+    assert row.final() == "".join(pieces) == "one tw" and row.finish == "stop"
+    assert row.tokens == ids[: len(row.tokens)]
+    assert "o STOP" in tokenizer().decode(row.tokens) and "o STOP" not in tokenizer().decode(row.tokens[:-1])
+
+
+@pytest.mark.fast
+def test_streamed_text_never_shows_half_a_character_or_half_a_stop_string():
+    text = "h\u00e9 \U0001f600 \u4f60\u597d ##"
+    row, pieces, _ = _fed(text, 1, stop=("###",))
+    assert not any("\ufffd" in p or "#" in p for p in pieces)
+    row.feed([tokenizer().eos_token_id])
+    assert row.finish is None
+    row.finish = "length"
+    assert "".join(pieces) + row.piece() == row.final() == text
+
+
+@pytest.mark.fast
+def test_end_tokens_come_from_everywhere(tmp_path):
+    t = tokenizer()
+    turn = t.convert_tokens_to_ids("<|im_end|>")
+    assert generate.end_of_turn(t) == turn
+    assert generate.end_tokens({"eos_token_id": 7}, None, t) == (7, turn)
+    assert generate.end_tokens({}, None, t) == (t.eos_token_id,)
+    assert generate.end_tokens({}, None, None) == ()
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [8, 9]}')
+    assert generate.end_tokens({"eos_token_id": 7}, tmp_path, t) == (8, 9, turn)
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(UserError, match="generation_config.json"):
+        generate.end_tokens({}, tmp_path, t)
+
+
+@pytest.mark.fast
+def test_chat_prompts_end_where_the_assistant_speaks():
+    ids = generate.chat_prompt(tokenizer(), [{"role": "user", "content": "Hi"}])
+    assert tokenizer().decode(ids).endswith("<|im_start|>assistant\n")
+
+    class Bare:
+        chat_template = None
+
+    with pytest.raises(UserError, match="no chat template"):
+        generate.chat_prompt(Bare(), [])
+
+
+def test_streaming_and_stop_strings_end_to_end():
+    generator = Generator(model(), params(), tokenizer())
+    asked = prompts([5, 9], seed=3)
+    o = dataclasses.replace(GREEDY, max_new_tokens=40)
+    plain = generator.generate(asked, o)
+    pieces = {0: [], 1: []}
+    streamed = generator.generate(asked, o, on_text=lambda i, piece: pieces[i].append(piece))
+    assert tokens_of(streamed) == tokens_of(plain)
+    assert ["".join(pieces[i]) for i in (0, 1)] == [c.text for c in plain]
+    stop = plain[0].text[6:9]
+    assert stop
+    for c in generator.generate(asked[:1], dataclasses.replace(o, stop=(stop,))):
+        assert c.text == plain[0].text[: plain[0].text.find(stop)]
+        assert c.finish == "stop" and c.tokens == plain[0].tokens[: c.new_tokens]
+
+
+def _against_transformers(source, folder, asked, count):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    opened = hf.open_model(str(source))
+    m = models.from_config(opened.config)
+    t = hf.load_tokenizer(opened)
+    asked = [x if isinstance(x, str) else generate.chat_prompt(t, x) for x in asked]
+    eos = generate.end_tokens(opened.config, pathlib.Path(folder), t)
+    generator = Generator(m, hf.load_params(opened, m, dtype=jnp.float32), t, eos=eos)
+    got = generator.generate(asked, GenerateOptions(max_new_tokens=count))
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for prompt, c in zip(generator.encode(asked), got, strict=True):
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            out = reference.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=count,
+                do_sample=False,
+                eos_token_id=list(eos),
+                pad_token_id=0,
+            )
+        assert c.tokens == tuple(out[0, len(prompt) :].tolist())
+    one = generator.generate(asked[:1], GenerateOptions(max_new_tokens=count))
+    assert tokens_of(one) == tokens_of(got[:1])
+    return got
+
+
+def test_stories260k_equals_transformers():
+    assets = os.environ.get("FTJAX_TEST_ASSETS")
+    if not assets or not (pathlib.Path(assets) / "models/stories260K").is_dir():
+        pytest.skip("FTJAX_TEST_ASSETS has no models/stories260K")
+    folder = pathlib.Path(assets) / "models/stories260K"
+    got = _against_transformers(
+        folder, folder, ["Once upon a time", "One day, a big dog saw a", "Lily"], count=100
+    )
+    assert got[0].text.startswith(
+        ", there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red"
+    )
+
+
+def test_smollm2_equals_transformers():
+    file, folder = os.environ.get("FTJAX_TEST_SMOLLM2"), os.environ.get("FTJAX_TEST_SMOLLM2_HF")
+    if not file or not folder:
+        pytest.skip(
+            "FTJAX_TEST_SMOLLM2 (a GGUF file) and FTJAX_TEST_SMOLLM2_HF (the same as a folder) are not set"
+        )
+    asked = [
+        [{"role": "user", "content": text}]
+        for text in (
+            "Hi!",
+            "What is the capital of France? Answer in a word, please.",
+            "Write a haiku: sea, gull.",
+        )
+    ]
+    got = _against_transformers(file, folder, asked, count=24)
+    assert got[0].text.startswith("Hello")
