@@ -446,7 +446,7 @@ class Generator:
         prompts: Sequence[Prompt],
         options: GenerateOptions,
         *,
-        batch_size: int = 16,
+        batch_size: int = 32,
         ids: Sequence[int] | None = None,
         progress: Callable[[int, int], None] | None = None,
         share_prefix: bool = True,
