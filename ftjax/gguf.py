@@ -1,7 +1,8 @@
 """GGUF files read as Hugging Face checkpoints: config.json, tensors and tokenizer made from their metadata.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Quantised blocks are decoded by the `gguf`
-package, whose name map also gives each tensor its Hugging Face name. Only the file's head is parsed on opening.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Quantised blocks are decoded by the
+`gguf` package, whose name map also gives each tensor its Hugging Face name. Only the file's head is parsed
+on opening.
 """
 
 import dataclasses
@@ -29,7 +30,9 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.
 
 # How text is cut before byte-level BPE, by tokenizer.ggml.pre. None is GPT-2's own regular expression.
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORDS = (
+    _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
@@ -42,7 +45,7 @@ class PreTokenizer:
     split: str | None = None
     digits: bool = False  # each digit on its own, before anything else
     nfc: bool = False
-    ignore_merges: bool = False  # a piece that is in the vocabulary is a token, whatever the merges make of it
+    ignore_merges: bool = False  # a piece in the vocabulary is a token, whatever the merges say
 
 
 PRE_TOKENIZERS = (
@@ -113,7 +116,9 @@ class GgufFile:
         try:
             version, tensors, pairs = head.scalar("I"), head.scalar("Q"), head.scalar("Q")
             if version not in (2, 3):
-                raise UserError(f"{path}: GGUF version {version} is not supported; supported: 2, 3 (little-endian)")
+                raise UserError(
+                    f"{path}: GGUF version {version} is not supported; supported: 2, 3 (little-endian)"
+                )
             self.metadata: dict[str, Any] = {}
             for _ in range(pairs):
                 key = head.string()
@@ -136,16 +141,21 @@ class GgufFile:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         if self.metadata.get("split.count", 1) > 1:
-            raise UserError(f"{self.path}: one part of a split GGUF: join the parts with `gguf-split --merge`")
+            raise UserError(
+                f"{self.path}: one part of a split GGUF: join the parts with `gguf-split --merge`"
+            )
         known = {int(kind) for kind in GGMLQuantizationType}
         for name, (shape, kind, offset) in self._tensors.items():
             if kind not in known:
-                raise UserError(f"{self.path}: {name} has a quantisation type, {kind}, that the gguf package lacks")
+                raise UserError(
+                    f"{self.path}: {name} has a quantisation type, {kind}, that the gguf package lacks"
+                )
             block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
             end = self._start + offset + math.prod(shape) // block * size
             if end > len(self._map):
                 raise UserError(
-                    f"{self.path}: truncated: {len(self._map)} bytes, {name} ends at {end}: the download was not complete"
+                    f"{self.path}: truncated: {len(self._map)} bytes, {name} ends at {end}: the download "
+                    "was not complete"
                 )
 
     def _config(self) -> dict[str, Any]:
@@ -197,12 +207,17 @@ class GgufFile:
 
     def _rope_scaling(self, arch: str, config: dict) -> dict | None:
         kind = self.metadata.get(f"{arch}.rope.scaling.type", "none")
-        factor = self.metadata.get(f"{arch}.rope.scaling.factor", self.metadata.get(f"{arch}.rope.scale_linear", 1.0))
+        factor = self.metadata.get(
+            f"{arch}.rope.scaling.factor", self.metadata.get(f"{arch}.rope.scale_linear", 1.0)
+        )
         if kind not in ("none", "linear"):
-            raise UserError(f"{self.path}: rope scaling {kind!r} is not supported; supported: none, linear, llama3")
+            raise UserError(
+                f"{self.path}: rope scaling {kind!r} is not supported; supported: none, linear, llama3"
+            )
         if "rope_freqs.weight" not in self._tensors:
             return None if factor in (0.0, 1.0) else {"rope_type": "linear", "factor": _shortest(factor)}
-        # Llama 3.1 and later: the file has only the divisor of each frequency, the config the rule that makes them.
+        # Llama 3.1 and later: the file has only the divisor of each frequency, the config the rule that
+        # makes them.
         factors = self._array("rope_freqs.weight")
         rule = {
             "rope_type": "llama3",
@@ -211,10 +226,12 @@ class GgufFile:
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         }
-        if not np.allclose(factors, _llama3_divisors(rule, config["rope_theta"], config["head_dim"]), rtol=1e-4):
+        if not np.allclose(
+            factors, _llama3_divisors(rule, config["rope_theta"], config["head_dim"]), rtol=1e-4
+        ):
             raise UserError(
-                f"{self.path}: rope_freqs.weight is not Llama 3's scaling (low 1, high 4, original context 8192), and "
-                "other rotary scalings cannot be told from a GGUF: give the Hugging Face folder"
+                f"{self.path}: rope_freqs.weight is not Llama 3's scaling (low 1, high 4, original context "
+                "8192), and other rotary scalings cannot be told from a GGUF: give the Hugging Face folder"
             )
         return rule
 
@@ -255,7 +272,7 @@ class GgufFile:
         table = models.from_config(self.config).table
         wanted = [name for path in table.rows for name in table.names(path)]
         found = {name: names.get_name(name, try_suffixes=(".weight", ".bias")) for name in wanted}
-        found = {name: ours for name, ours in found.items() if ours in self._tensors}
+        found = {name: ours for name, ours in found.items() if ours is not None and ours in self._tensors}
         rest = set(self._tensors) - set(found.values()) - {"rope_freqs.weight"}
         return found | {name: name for name in sorted(rest)}  # those that no row uses show as they are
 
@@ -286,7 +303,7 @@ class GgufFile:
     @functools.cached_property
     def _digest(self) -> str:
         lines = [
-            f"{name} {shape} {kind} {hashlib.sha256(self._bytes(name)).hexdigest()}\n"
+            f"{name} {shape} {kind} {hashlib.sha256(self._bytes(name).data).hexdigest()}\n"
             for name, (shape, kind, _) in sorted(self._tensors.items())
         ]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
@@ -344,7 +361,7 @@ def _llama3_divisors(rule: dict, theta: float, head_dim: int) -> np.ndarray:
 
 
 def build_tokenizer(metadata: dict[str, Any], path: Path):
-    """A tokenizers.Tokenizer from tokenizer.ggml.*: byte-level BPE ("gpt2") or SentencePiece BPE ("llama")."""
+    """A tokenizers.Tokenizer from tokenizer.ggml.*: byte-level BPE ("gpt2") or SentencePiece's ("llama")."""
     import tokenizers
     from tokenizers import processors
 

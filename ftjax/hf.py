@@ -1,8 +1,9 @@
 """Hugging Face checkpoints in and out: folders, hub ids and GGUF files.
 
 Reading is lazy. A source maps its files into memory and gives views; `load_params` copies each tensor once,
-straight to where it will live, and lets go of its pages, so that the peak over the final size is a tensor or two.
-Writing goes tensor by tensor too, into a folder beside the target that takes its name when it is whole.
+straight to where it will live, and lets go of its pages, so that the peak over the final size is a tensor
+or two. Writing goes tensor by tensor too, into a folder beside the target that takes its name when it is
+whole.
 """
 
 import concurrent.futures
@@ -64,11 +65,20 @@ THREADS = min(4, os.cpu_count() or 1)  # each may hold one tensor's float32 copy
 class Source(Protocol):
     """An opened base model: its config.json, and its tensors under their Hugging Face names."""
 
-    source: str  # as the user gave it
-    revision: str | None
-    path: Path
-    kind: str  # "hf" or "gguf"
-    config: dict[str, Any]  # config.json, unchanged
+    @property
+    def source(self) -> str: ...  # as the user gave it
+
+    @property
+    def revision(self) -> str | None: ...
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def kind(self) -> str: ...  # "hf" or "gguf"
+
+    @property
+    def config(self) -> dict[str, Any]: ...  # config.json, unchanged
 
     def names(self) -> list[str]: ...
 
@@ -134,8 +144,8 @@ class SafetensorsFile:
             size_ok = min(shape, default=0) >= 0 and last - first == math.prod(shape) * DTYPES[kind].itemsize
             if first != end or not size_ok:
                 raise UserError(
-                    f"{self.path}: the safetensors header is damaged: {name} ({kind} {list(shape)}) is said to "
-                    f"be at bytes {first}…{last}"
+                    f"{self.path}: the safetensors header is damaged: {name} ({kind} {list(shape)}) is "
+                    f"said to be at bytes {first}…{last}"
                 )
             entries[name], end = (DTYPES[kind], shape, start + first), last
         if start + end != size:
@@ -196,7 +206,7 @@ class HfFolder:
         return self._digest
 
     def _fingerprint_line(self, name: str) -> str:
-        digest = hashlib.sha256(self.get(name).reshape(-1).view(np.uint8)).hexdigest()
+        digest = hashlib.sha256(self.get(name).reshape(-1).view(np.uint8).data).hexdigest()
         self.release(name)
         return f"{name} {self.dtype(name)} {self.shape(name)} {digest}\n"
 
@@ -208,8 +218,8 @@ class HfFolder:
     def tokenizer(self):
         if not any((self.path / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
             raise UserError(
-                f"{self.path}: no tokenizer (tokenizer.json): copy the tokenizer files of the model that it was "
-                "tuned from"
+                f"{self.path}: no tokenizer (tokenizer.json): copy the tokenizer files of the model that "
+                "it was tuned from"
             )
         from transformers import AutoTokenizer  # slow to import
 
@@ -365,8 +375,8 @@ def load_tokenizer(source: Source, *, need_chat_template: bool = False):
         )
     if need_chat_template and not tokenizer.chat_template:
         raise UserError(
-            f"{source.source}: the tokenizer has no chat template, which conversations need: tune the instruct "
-            "variant of the model, or put a chat_template.jinja beside tokenizer.json"
+            f"{source.source}: the tokenizer has no chat template, which conversations need: tune the "
+            "instruct variant of the model, or put a chat_template.jinja beside tokenizer.json"
         )
     return tokenizer
 
@@ -383,14 +393,15 @@ def check_names(source: Source, table: Table) -> None:
         embed = table.names("embed")[0]
         if not np.array_equal(source.get("lm_head.weight"), source.get(embed)):
             raise UserError(
-                f"{source.source}: config.json says tie_word_embeddings=true, yet lm_head.weight differs from "
-                f"{embed}"
+                f"{source.source}: config.json says tie_word_embeddings=true, yet lm_head.weight differs "
+                f"from {embed}"
             )
         extra.remove("lm_head.weight")
     if extra:
         raise UserError(
-            f"{source.source}: {len(extra)} tensors in the weights that a {source.config.get('model_type')} model "
-            f"of this config does not have: {few(extra)}"
+            f"{source.source}: {len(extra)} tensors in the weights that a "
+            f"{source.config.get('model_type')} model of "
+            f"this config does not have: {few(extra)}"
         )
     for name, path in wanted.items():
         if source.dtype(name) not in FLOATS.values():
@@ -405,14 +416,18 @@ def check_names(source: Source, table: Table) -> None:
 
 
 def load_params(
-    source: Source, model: Model, dtype=None, shardings=None, progress: Callable[[str, int], None] | None = None
+    source: Source,
+    model: Model,
+    dtype=None,
+    shardings=None,
+    progress: Callable[[str, int], None] | None = None,
 ) -> dict:
     """The model's parameter tree, each leaf read straight into its sharding.
 
     Matrices get `dtype` (the checkpoint's unless given), norms and biases float32. `shardings` is a tree like
-    the params' (`weights.shardings`); without it all is on the first device. `progress(path, bytes)` is called
-    once a leaf. Over what stays on the host (on CPU all of it) its memory peaks at one leaf's local shards plus
-    a few tensors. UserError as `check_names`.
+    the params' (`weights.shardings`); without it all is on the first device. `progress(path, bytes)` is
+    called once a leaf. Over what stays on the host (on CPU all of it) its memory peaks at one leaf's local
+    shards plus a few tensors. UserError as `check_names`.
     """
     table = model.table
     check_names(source, table)
@@ -457,7 +472,7 @@ def _load_leaf(source: Source, table: Table, path: str, dtype: np.dtype, shardin
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Uninitialised, at a 64-byte boundary: what XLA's CPU client asks for to take an array without a copy."""
+    """Uninitialised, at a 64-byte boundary: what XLA's CPU client needs to take an array without a copy."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -465,7 +480,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _copy(out: np.ndarray, x: np.ndarray, split: int) -> None:
-    """out[...] = x, cast. A transposing copy goes in blocks of the source's rows: 3 times faster, by caches."""
+    """out[...] = x, cast. Transposing goes in blocks of the source's rows: caches make it 3 times faster."""
     if split == 0 or x.ndim <= split:
         out[...] = x
         return
@@ -476,7 +491,7 @@ def _copy(out: np.ndarray, x: np.ndarray, split: int) -> None:
         out[at] = x[at].astype(out.dtype, copy=False)
 
 
-# ---- out -------------------------------------------------------------------------------------------------------
+# -- Out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -497,7 +512,8 @@ class Drift:
     agree: float  # share of positions with the same most likely token
 
     def __str__(self):
-        return f"max |Δlogit| {self.max_logit:.2g}, KL {self.kl:.2g} nats a token, same top token {self.agree:.1%}"
+        size = f"max |Δlogit| {self.max_logit:.2g}, KL {self.kl:.2g} nats a token"
+        return f"{size}, same top token {self.agree:.1%}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -572,15 +588,15 @@ def save_model(
     check: Probe | None = None,
     overwrite: bool = False,
 ) -> Saved:
-    """Write a Hugging Face folder: `params`, or without them the base, `adapters` (of `plan`) merged in if given.
+    """Write a Hugging Face folder: of `params`, or of the base with `adapters` (of `plan`) merged in if given.
 
-    A merge adds in float32 to the base's weights as `source` has them, one tensor at a time, and casts once: to
-    `dtype`, or the dtype that each tensor has in the source (bfloat16 for a GGUF file). The folder gets the
-    source's config.json with no key changed that need not be, its generation config (with `stop_ids` added to
-    the end-of-sequence ids), its tokenizer files byte for byte (but for `chat_template`, where given), and
-    `card` as README.md. It is written beside and renamed into place, then re-opened; given `check`, its logits
-    are compared. UserError where the folder exists (unless `overwrite`), the disk is full, or the logits are
-    further off than MAX_KL.
+    A merge adds in float32 to the base's weights as `source` has them, one tensor at a time, and casts
+    once: to `dtype`, or the dtype that each tensor has in the source (bfloat16 for a GGUF file). The folder
+    gets the source's config.json with no key changed that need not be, its generation config (with
+    `stop_ids` added to the end-of-sequence ids), its tokenizer files byte for byte (but for
+    `chat_template`, where given), and `card` as README.md. It is written beside and renamed into place,
+    then re-opened; given `check`, its logits are compared. UserError where the folder exists (unless
+    `overwrite`), the disk is full, or the logits are further off than MAX_KL.
     """
     check_names(source, model.table)
     dtype = None if dtype is None else np.dtype(dtype)
@@ -633,9 +649,7 @@ class _Tuned:
         self.table, self.source, self.plan = table, source, plan or {}
         self.factors = {k: np.asarray(v) for k, v in flatten(adapters).items()} if adapters else {}
         self.params = flatten(params) if params is not None else None
-        self.where = {
-            name: (path, i) for path in table.rows for i, name in enumerate(table.names(path))
-        }
+        self.where = {name: (path, i) for path in table.rows for i, name in enumerate(table.names(path))}
 
     def __call__(self, name: str):
         path, i = self.where[name]
@@ -672,7 +686,9 @@ def writing(folder: str | os.PathLike, size: int = 0, overwrite: bool = False) -
         folder.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder.parent).free
         if free < size:
-            raise UserError(f"{folder}: disk full: {size / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
+            raise UserError(
+                f"{folder}: disk full: {size / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
+            )
         tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
     except OSError as e:
         raise UserError(f"{folder}: cannot be written: {e.strerror}") from None
@@ -728,7 +744,8 @@ def write_safetensors(
     entries: Mapping[str, tuple[tuple[int, ...], np.dtype]],
     tensor: Callable[[str], np.ndarray],
 ) -> None:
-    """One file, a tensor in memory at a time. Widest dtypes come first, as the safetensors library orders them."""
+    """One file, a tensor in memory at a time. Widest dtypes come first, as the safetensors library orders
+    them."""
     kinds = {dtype: kind for kind, dtype in DTYPES.items()}
     order = sorted(entries, key=lambda name: (-entries[name][1].itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -64,10 +64,10 @@ def save(
     """Write an adapter that PEFT loads: float32, its own rank for each module, PEFT's fields in its config.
 
     `base_name` (where the source is, unless given: for a GGUF file name the exported base) becomes
-    base_model_name_or_path; the source and its fingerprint are kept in ftjax.json beside. With `portable`, for
-    loaders that read neither patterns nor use_rslora, scales are folded into B and every rank is the largest.
-    The folder is re-opened and compared before it takes its name. UserError where a factor is not finite, or
-    as `hf.writing`.
+    base_model_name_or_path; the source and its fingerprint are kept in ftjax.json beside. With `portable`,
+    for loaders that read neither patterns nor use_rslora, scales are folded into B and every rank is the
+    largest. The folder is re-opened and compared before it takes its name. UserError where a factor is not
+    finite, or as `hf.writing`.
     """
     factors = {path: np.asarray(x, np.float32) for path, x in flatten(adapters).items()}
     for path, x in factors.items():

@@ -19,7 +19,9 @@ ASSETS = Path(os.environ.get("FTJAX_TEST_ASSETS", "no assets"))
 TINY = Path(__file__).parent / "assets" / "tiny_tokenizer"
 SMOLLM2 = os.environ.get("FTJAX_TEST_SMOLLM2", "")
 D, F, V, L, N, K = 64, 96, 416, 2, 4, 2
-TEXT = "Hello  wörld, don't 12345!\n\n\tx = 3.14 // 漢字 😀😀 <|im_start|>user\nI'LL hé<|im_end|> \u00a0 end  "
+TEXT = (
+    "Hello  wörld, don't 12345!\n\n\tx = 3.14 // 漢字 😀😀 <|im_start|>user\nI'LL hé<|im_end|> \u00a0 end  "
+)
 OURS = {  # the file's names of one layer's tensors, as llama.cpp defines them
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -166,7 +168,9 @@ def test_reads_back_what_was_written(arch, kind, tmp_path):
         wanted = x
         if kind != "F32" and x.ndim > 1:
             type_ = GGMLQuantizationType[kind]
-            wanted = dequantize(quantize(x, type_), type_).reshape(x.shape)  # rows keep their blocks when permuted
+            wanted = dequantize(quantize(x, type_), type_).reshape(
+                x.shape
+            )  # rows keep their blocks when permuted
         np.testing.assert_array_equal(source.get(name), wanted, err_msg=name)
     assert source.generation_config["eos_token_id"] == [source.metadata["tokenizer.ggml.eos_token_id"], 0]
 
@@ -256,7 +260,12 @@ def test_real_tokenizers_survive(name, pre):
     metadata = metadata_of(folder) | ({"tokenizer.ggml.pre": pre} if pre else {})
     ours = gguf.build_tokenizer(metadata, Path("x.gguf"))
     theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    texts = [TEXT, "The licence, 1000 times: naïve Ünïcode; 3rd\r\n\r\n'S a test.  ", "日本語のテキスト", "  a"]
+    texts = [
+        TEXT,
+        "The licence, 1000 times: naïve Ünïcode; 3rd\r\n\r\n'S a test.  ",
+        "日本語のテキスト",
+        "  a",
+    ]
     readme = Path(gguf.__file__).read_text()
     for text in [*texts, readme]:
         a, b = (t.encode(text, add_special_tokens=False) for t in (ours, theirs))
@@ -270,14 +279,19 @@ def test_tokenizer_of_a_file(tmp_path):
     ours, theirs = hf.load_tokenizer(source), transformers.AutoTokenizer.from_pretrained(TINY)
     assert ours.decode(ours.encode(TEXT)) == TEXT
     assert ours.eos_token == "<|im_end|>" and ours.chat_template == "{{ messages }}"
-    assert [ours.convert_ids_to_tokens(i) for i in (0, 5)] == [theirs.convert_ids_to_tokens(i) for i in (0, 5)]
+    assert [ours.convert_ids_to_tokens(i) for i in (0, 5)] == [
+        theirs.convert_ids_to_tokens(i) for i in (0, 5)
+    ]
     assert len(ours) == len(theirs)  # padding tokens are not tokens
 
 
 def test_errors(tmp_path):
     path = write(tmp_path / "m.gguf", "llama", random_tensors("llama"))
     whole = path.read_bytes()
-    for size, said in ((len(whole) - 100, "truncated: .* download was not complete"), (300, "truncated or damaged")):
+    for size, said in (
+        (len(whole) - 100, "truncated: .* download was not complete"),
+        (300, "truncated or damaged"),
+    ):
         (tmp_path / "t.gguf").write_bytes(whole[:size])
         with pytest.raises(UserError, match=said):
             hf.open_model(tmp_path / "t.gguf")

@@ -13,7 +13,9 @@ import pytest
 
 from ftjax import hf, lora, mesh, models, peft, weights
 
-torch = pytest.importorskip("torch", reason="parity is checked against torch models, and torch is not installed")
+torch = pytest.importorskip(
+    "torch", reason="parity is checked against torch models, and torch is not installed"
+)
 transformers = pytest.importorskip("transformers")
 
 BASE = dict(
@@ -30,7 +32,11 @@ BASE = dict(
     tie_word_embeddings=False,
 )
 LLAMA3 = dict(
-    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
 )
 CASES = {
     "llama": dict(model_type="llama"),
@@ -179,7 +185,7 @@ def test_mesh_equals_one_device(case):
     close(ours, case.logits)
 
 
-# ---- LoRA against PEFT -----------------------------------------------------------------------------------------
+# -- LoRA against PEFT
 
 LORA_CASES = {
     "all": dict(r=4, lora_alpha=7),
@@ -203,7 +209,8 @@ def tuned(case, config):
 
 
 def with_peft(case, folder):
-    """The reference model with the adapter in `folder`; every warning that PEFT gives about its keys fails."""
+    """The reference model with the adapter in `folder`; every warning that PEFT gives about its keys
+    fails."""
     peft_library = pytest.importorskip("peft", reason="peft is not installed")
     base = transformers.AutoModelForCausalLM.from_pretrained(case.folder, attn_implementation="eager")
     return peft_library.PeftModel.from_pretrained(base, folder).eval()
@@ -245,7 +252,9 @@ def test_we_load_what_peft_saved(name, tmp_path_factory, tmp_path):
     options = {k: list(v) if isinstance(v, tuple) else v for k, v in LORA_CASES[name].items()}
     options.setdefault("target_modules", "all-linear")
     base = transformers.AutoModelForCausalLM.from_pretrained(case.folder, attn_implementation="eager")
-    theirs = peft_library.get_peft_model(base, peft_library.LoraConfig(task_type="CAUSAL_LM", **options)).eval()
+    theirs = peft_library.get_peft_model(
+        base, peft_library.LoraConfig(task_type="CAUSAL_LM", **options)
+    ).eval()
     torch.manual_seed(0)
     with torch.no_grad():
         for key, p in theirs.named_parameters():
