@@ -1,0 +1,101 @@
+"""Every config in configs/ loads, and its training step traces at the model's real size, without its weights."""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+import yaml
+
+from ftjax import config, lora, mesh, models, optim, train, weights
+from ftjax.objectives import preference, sft
+
+CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.yaml"))
+LLAMA31_ROPE = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+LLAMA = dict(model_type="llama", rms_norm_eps=1e-5, rope_theta=500000.0, vocab_size=128256)
+# The published shapes of the models that the configs name.
+MODELS = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": dict(
+        LLAMA, vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192, rope_theta=100000.0,
+        tie_word_embeddings=True,
+    ),
+    "meta-llama/Llama-3.2-1B-Instruct": dict(
+        LLAMA, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=64, max_position_embeddings=131072, tie_word_embeddings=True,
+        rope_scaling=LLAMA31_ROPE | {"factor": 32.0},
+    ),
+    "meta-llama/Llama-3.1-8B-Instruct": dict(
+        LLAMA, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=131072, tie_word_embeddings=False,
+        rope_scaling=LLAMA31_ROPE,
+    ),
+    "Qwen/Qwen3-0.6B": dict(
+        model_type="qwen3", vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
+        num_attention_heads=16, num_key_value_heads=8, head_dim=128, max_position_embeddings=40960,
+        rms_norm_eps=1e-6, rope_theta=1000000.0, tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+PARAMETERS = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
+    "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
+    "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
+    "Qwen/Qwen3-0.6B": 596_049_920,
+}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", MODELS)
+def test_parameter_counts_are_the_published_ones(name):
+    assert models.from_config(MODELS[name]).table.count() == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_config_loads_and_its_step_traces(path):
+    lines = path.read_text().splitlines()
+    recipe = lines[0].split()[2]
+    assert lines[0] == f"# ftjax {recipe} configs/{path.name} {lines[0].split()[-1]}" and lines[1].startswith("# Hardware:")
+    cfg = config.load(path, (), recipe)
+    assert config.load(None, [f"{k}={yaml.dump(v, default_flow_style=True, width=9999).splitlines()[0]}"
+                              for k, v in config.resolved(cfg).items() if v is not None], recipe) == cfg  # fmt: skip
+    model = models.from_config(MODELS[cfg.model])
+    dtype = jnp.dtype(cfg.train.dtype)
+    model = model.with_options(dtype=dtype, remat=cfg.train.remat)  # rolled: the unrolled program is the same math
+    assert cfg.data.max_length <= model.config.max_position_embeddings
+    if cfg.mesh.fsdp > 1:
+        shape = {"fsdp": cfg.mesh.fsdp, "tp": cfg.mesh.tp}
+        devices = jax.sharding.AbstractMesh(tuple(shape.values()), tuple(shape))
+        mesh.check(devices, model.table, cfg.train.batch_size // cfg.train.microbatches)  # type: ignore[arg-type]
+
+    plan = lora.plan(cfg.lora, model.table)
+    trainable = lora.abstract(plan, model.table)
+    frozen = weights.abstract(model.table, dtype)
+    tx, _ = optim.make_optimizer(cfg.optim, trainable, 100, model.table)
+
+    def params_of(trainable, frozen, rng):
+        return lora.attach(frozen, trainable, plan, rng=rng, dropout=cfg.lora.lora_dropout)
+
+    common = dict(chunk=cfg.train.loss_chunk, frozen_head=True)
+    if recipe == "dpo":
+        loss = preference.dpo_loss(
+            model, params_of, beta=cfg.dpo.beta, label_smoothing=cfg.dpo.label_smoothing, **common
+        )
+    else:
+        loss = sft.sft_loss(model, params_of, **common)
+    A, B = cfg.train.microbatches, cfg.train.batch_size // cfg.train.microbatches
+    leaf = functools.partial(jax.ShapeDtypeStruct, (A, B, cfg.data.max_length))
+    batch = {k: leaf(jnp.int32) for k in ("tokens", "segments", "positions")}
+    batch["loss_weight"] = leaf(jnp.float32)
+    if recipe == "dpo":
+        batch["pairs"] = jax.ShapeDtypeStruct((A, B, 4), jnp.float32)
+    state = jax.eval_shape(functools.partial(train.init_state, tx=tx), trainable)
+    after, metrics = jax.eval_shape(train.make_train_step(loss, tx, 0), state, frozen, batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert metrics["loss"].shape == ()
