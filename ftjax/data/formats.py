@@ -289,7 +289,7 @@ def _load_dataset(source: DataSource, streaming: bool) -> Any:
             data = datasets.load_from_disk(str(path))
             if isinstance(data, datasets.DatasetDict):
                 if split not in data:
-                    raise ValueError(f"no split {split!r}; it has {', '.join(data)}")
+                    raise ValueError(f"no split {split!r}; it has {', '.join(map(str, data))}")
                 data = data[split]
             return data.to_iterable_dataset() if streaming else data
         return datasets.load_dataset(source.path, source.name, split=split, streaming=streaming)
@@ -349,6 +349,11 @@ def detect(values: dict[str, Any], where: str) -> str:
     """The name of the row's format, a key of FORMATS; raises UserError listing the keys seen and the
     formats."""
     keys = set(values)
+    if isinstance(values.get("label"), bool) and keys & {"messages", "completion"}:
+        raise UserError(
+            f"{where}: the key `label` says which answers are bad (KTO's unpaired preferences), which can't "
+            "be trained on yet; drop the bad ones, or set `format` to train on all of them alike"
+        )
     if {"preferred_output", "non_preferred_output"} <= keys:
         return "openai_preference"
     if {"chosen", "rejected"} <= keys:
@@ -481,6 +486,7 @@ def _alpaca(values, where) -> Example:
     messages = example.messages
     if isinstance(values.get("system"), str) and values["system"].strip():
         messages = [{"role": "system", "content": values["system"]}, *messages]
+    # Without a template something has to tell the instruction from its answer: an empty line.
     return Example(where, "chat", messages, raw=(prompt + "\n\n", str(values["output"])))
 
 
@@ -501,9 +507,8 @@ def _preference(values, where) -> Example:
             raise BadExample(
                 "format", where, "chosen and rejected are strings, so the row needs a prompt too"
             )
-        return _pair_of_conversations(
-            conversation(chosen, where), conversation(rejected, where), where, tools
-        )
+        both = conversation(chosen, where, "chosen"), conversation(rejected, where, "rejected")
+        return _pair_of_conversations(*both, where, tools)
     asked = _as_messages(prompt, "user", "prompt", where)
     strings = all(isinstance(v, str) for v in (prompt, chosen, rejected))
     return _pair(

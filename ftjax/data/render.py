@@ -115,6 +115,7 @@ class Renderer:
         self._text_prefix = start[:1] if start and start[0] == self.bos and self.bos != self.eos else []
 
         source = chat_template if chat_template is not None else _own_template(tokenizer)
+        self._raw_wanted = source == "none"
         self.template: ChatTemplate | None = None
         if source is not None and source != "none":
             try:
@@ -225,9 +226,10 @@ class Renderer:
             text = prompt + completion
             self._refuse_control(text, "the row", example.where)
             span = _Span(0 if self.train_on == "all" else len(prompt), len(text), 1.0, "given")
-            drafts.append(
-                _Draft(example.where, text, [span], self._text_prefix, self._eos_for(example.where))
-            )
+            draft = _Draft(example.where, text, [span], self._text_prefix, self._eos_for(example.where))
+            if not self._raw_wanted:
+                draft.notes.append("no chat template: prompt and completion are joined as they are")
+            drafts.append(draft)
         return tuple(drafts)
 
     def _chat(self, example: Example) -> _Draft:
@@ -258,7 +260,7 @@ class Renderer:
                         "template", where, f"the chat template refuses these messages: {e}"
                     ) from None
         draft = _Draft(where, text, [])
-        if example.tools and not any(str(t.get("function", t).get("name")) in text for t in example.tools):
+        if example.tools and not any(name in text for name in _tool_names(example.tools)):
             draft.notes.append("the chat template does not show the row's `tools`")
         if self.train_on == "all":
             draft.spans = [_Span(0, len(text), 1.0, "given")]
@@ -588,6 +590,11 @@ def _for_template(messages: list[dict]) -> list[dict]:
             message["thinking"] = message["reasoning_content"]
         out.append(message)
     return out
+
+
+def _tool_names(tools: list[dict]) -> list[str]:
+    schemas = [t.get("function", t) for t in tools]
+    return [str(s.get("name")) for s in schemas if isinstance(s, dict)]
 
 
 def _string_arguments(messages: list[dict]) -> list[dict]:

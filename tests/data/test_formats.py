@@ -213,5 +213,11 @@ def test_arrow_nulls_do_not_reach_arguments(tmp_path):
     assert got == [{"a": 1}, {"b": 2}]
 
 
+def test_rows_labelled_good_or_bad_are_not_taken_for_good(write):
+    assert "data.jsonl:1: the key `label`" in fails(write([{**CHAT, "label": False}]))
+    assert read(write([{**CHAT, "label": False}]), format="chat")
+    assert read(write([{**CHAT, "label": "greeting"}]))
+
+
 def test_content_hash_is_fixed():
     assert content_hash({"b": 1, "a": "é"}) == content_hash({"a": "é", "b": 1}) == 6376171686559587705

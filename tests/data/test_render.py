@@ -235,6 +235,22 @@ def test_settings_errors(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(tiny, "chat_template", None)
     with pytest.raises(UserError, match="data.chat_template"):
         render(chat("a", "b"), tiny)
+    with pytest.raises(UserError, match="data.chat_template"):
+        Renderer(tiny).prompt([{"role": "user", "content": "a"}])
+    joined = render(to_example({"prompt": "a ", "completion": "b"}, "prompt_completion", "f:1"), tiny)
+    assert tiny.decode(joined.tokens) == "a b<|im_end|>" and "joined as they are" in joined.notes[0]
+
+
+@fast
+def test_what_is_trained_follows_the_prompt(tiny, template):
+    """The prompt a server would send, and then what is trained, are the document."""
+    renderer = Renderer(tiny, **template)
+    example = chat("Hi", "Hello", "And?", "Yes")
+    document = renderer.render(example)
+    prompt = renderer.prompt(example.messages[:-1])
+    last = np.flatnonzero(document.loss_weight == 0)[:-1]
+    assert document.tokens[: len(prompt)].tolist() == prompt and last[-1] == len(prompt) - 1
+    assert renderer.stop_tokens == {tiny.eos_token_id}
 
 
 @fast
