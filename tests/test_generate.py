@@ -383,7 +383,7 @@ def test_stories260k_equals_transformers():
         folder, folder, ["Once upon a time", "One day, a big dog saw a", "Lily"], count=100
     )
     assert got[0].text.startswith(
-        ", there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red"
+        ", there was a little girl named Lily. She loved to play outside in the park. One day"
     )
 
 
