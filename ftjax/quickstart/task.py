@@ -60,7 +60,7 @@ class FewShot:
 
 FEW_SHOT_CANDIDATES = tuple(FewShot(k, instruction) for instruction in (False, True) for k in (2, 4, 8))
 
-FEW_SHOT = FewShot(k=8, instruction=True)
+FEW_SHOT = FewShot(k=2, instruction=True)
 """The candidate with the best exact match on the eval split; README.md in this folder has the table."""
 
 
@@ -88,8 +88,12 @@ def short_prompt(message: str) -> Messages:
 
 
 def instruction_prompt(message: str) -> Messages:
-    """The schema and every rule in words."""
-    return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": message}]
+    """The schema and every rule in words.
+
+    In the user's turn and with a cue: as a system prompt a small model ignores it and chats.
+    """
+    content = f"{INSTRUCTION}\n\nMessage: {message}\nJSON:"
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
 
 
 def few_shot_prompt(
