@@ -29,7 +29,10 @@ def from_config(raw: dict[str, Any]) -> Model:
     from transformers import AutoConfig  # slow to import, and only needed here
 
     port, module = REGISTRY[kind]
-    hf = AutoConfig.for_model(**{k: v for k, v in raw.items() if k != "transformers.js_config"})
+    try:
+        hf = AutoConfig.for_model(**{k: v for k, v in raw.items() if k != "transformers.js_config"})
+    except Exception as e:  # a value of the wrong type shows as one of several libraries' classes
+        raise UserError(f"config.json: {e}") from e
     config = port.read_config(hf, raw)
     return Model(config, port.make_table(config, hf), module)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
+from ftjax.errors import UserError
 from ftjax.models.common import (
     KVCache,
     ModelConfig,
@@ -19,6 +20,7 @@ from ftjax.models.common import (
     scan_layers,
 )
 from ftjax.ops import attention, einsum, embed, rms_norm, rope, rope_frequencies, rope_table, shard, silu_times
+from ftjax.ops.layers import ROPE_TYPES
 from ftjax.weights import LOOKUP, Table, Weight
 
 _L = "model.layers.{layer}."
@@ -60,6 +62,11 @@ KEYS: dict[str, tuple | None] = {
 def read_config(hf, raw) -> ModelConfig:
     """From a transformers config and the config.json it was made of."""
     check_keys(raw, dict.fromkeys(ModelConfig.__dataclass_fields__) | KEYS)
+    rope_type = hf.rope_parameters.get("rope_type", "default")
+    if rope_type not in ROPE_TYPES:
+        raise UserError(
+            f"config.json: rope_type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
+        )
     return ModelConfig(
         model_type=hf.model_type,
         vocab_size=hf.vocab_size,
