@@ -514,17 +514,17 @@ class Generator:
         static, data = Filters.of(options), numbers(options)
 
         compiled, start = self.compile_s, time.perf_counter()
+        cache = self._call(self._programs.spread, (size, S), prefix)
         state = State(
-            cache=self._call(self._programs.spread, (size, S), prefix),
-            token=np.full(size, eos[0], np.int32),
-            position=np.zeros(size, np.int32),
-            left=left,
-            done=left == 0,
-            made=np.int32(0),
-            ids=ids,
-            seen=seen_BV,
+            cache=cache,
+            token=jnp.full(size, eos[0], jnp.int32),
+            position=jnp.zeros(size, jnp.int32),
+            left=jnp.asarray(left),
+            done=jnp.asarray(left == 0),
+            made=jnp.int32(0),
+            ids=jnp.asarray(ids),
+            seen=None if seen_BV is None else jnp.asarray(seen_BV),
         )
-        state = jax.tree.map(jnp.asarray, state)
         state = self._call(
             self._programs.prefill, static, self.params, state, tokens_BT, positions_BT, eos, data
         )
