@@ -190,9 +190,11 @@ class Model:
     module_type: type[nn.Module]
     options: RunOptions = RunOptions()
 
-    def __call__(self, params, tokens_BT, positions_BT, segments_BT, cache: KVCache | None = None):
+    def __call__(
+        self, params, tokens_BT, positions_BT, segments_BT, cache: KVCache | None = None
+    ) -> tuple[Any, Any, dict]:
         module = self.module_type(self.config, self.table, self.options)  # type: ignore[call-arg]
-        return module.apply({"params": params}, tokens_BT, positions_BT, segments_BT, cache)
+        return module.apply({"params": params}, tokens_BT, positions_BT, segments_BT, cache)  # type: ignore[return-value]
 
     @property
     def head_path(self) -> str:
