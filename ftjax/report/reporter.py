@@ -1,5 +1,6 @@
 """The running report of one training run."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -123,7 +124,9 @@ class Reporter:
         """Release the terminal and the files; may be called again."""
         self._bar.close()
         if self._file is not None:
-            self._file.close()
+            # what cannot be flushed has raised when it was written, and must not hide why the run ends
+            with contextlib.suppress(OSError):
+                self._file.close()
             self._file = None
         while self._trackers:
             self._trackers.pop().close()
