@@ -221,7 +221,7 @@ def _read_config(path: Path, table: Table) -> LoraConfig:
     if not targets:
         raise UserError(f"{path}: target_modules={targets!r}: names of modules, or a regex, were expected")
     if not isinstance(targets, str):
-        targets = _known("target_modules", tuple(targets), modules, _ends_with)
+        targets = _known("target_modules", tuple(targets), modules, _ends_with) or tuple(targets)
     layers = tuple(layers) if isinstance(layers, list) else layers
     if raw.get("exclude_modules"):
         targets, layers = _without(raw["exclude_modules"], targets, layers, modules, table), None
@@ -255,9 +255,9 @@ def _matches(pattern: str, module: str) -> bool:
 def _known(field: str, given: tuple[str, ...], modules: list[str], match) -> tuple[str, ...]:
     """Those of `given` that match a module. PEFT lets one match nothing, so that is no error here either."""
     known = tuple(g for g in given if any(match(g, m) for m in modules))
-    if given and known and known != given:
+    if known != given:
         log.warning("adapter_config.json: %s: %s match no module", field, sorted(set(given) - set(known)))
-    return known or given
+    return known
 
 
 def _without(exclude, targets, layers, modules: list[str], table: Table) -> tuple[str, ...]:
