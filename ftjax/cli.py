@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ftjax import __version__
+from ftjax import __version__, host
 from ftjax.errors import UserError
 
 
@@ -169,8 +169,9 @@ def environment_defaults() -> None:
     """What the command line sets before JAX is imported; a program that imports ftjax sets its own.
 
     Compiled programs are kept in ~/.cache/ftjax/jax (JAX_COMPILATION_CACHE_DIR), since compiling is most of a
-    short run's time; XLA's informational log lines are off (TF_CPP_MIN_LOG_LEVEL).
+    short run's time; XLA's informational log lines are off (TF_CPP_MIN_LOG_LEVEL); freed memory is kept.
     """
+    host.keep_freed_memory()
     cache = pathlib.Path(os.environ.get("FTJAX_CACHE") or "~/.cache/ftjax").expanduser() / "jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")

@@ -4,7 +4,6 @@ Against Llama: Mistral attends within a sliding window (arXiv:2310.06825); Qwen 
 (arXiv:2407.10671); Qwen 3 norms each head of q and k (arXiv:2505.09388).
 """
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
@@ -19,7 +18,17 @@ from ftjax.models.common import (
     read_windows,
     scan_layers,
 )
-from ftjax.ops import attention, einsum, embed, rms_norm, rope, rope_frequencies, rope_table, shard, silu_times
+from ftjax.ops import (
+    attention,
+    einsum,
+    embed,
+    rms_norm,
+    rope,
+    rope_frequencies,
+    rope_table,
+    shard,
+    silu_times,
+)
 from ftjax.ops.layers import ROPE_TYPES
 from ftjax.weights import LOOKUP, Table, Weight
 

@@ -1,8 +1,8 @@
 """The array operations that models and losses are made of. Axis letters as in weights.py."""
 
 from ftjax.ops.attention import attention
-from ftjax.ops.layers import rms_norm, rope, rope_frequencies, rope_table, shard, silu_times
 from ftjax.ops.cross_entropy import linear_cross_entropy, linear_logprobs
+from ftjax.ops.layers import rms_norm, rope, rope_frequencies, rope_table, shard, silu_times
 from ftjax.ops.linear import einsum, embed, product
 
 __all__ = [

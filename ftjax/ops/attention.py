@@ -6,15 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-QUERY_BLOCK = 1024  # longer rows are taken a block of queries at a time, so that no [T, S] array of them exists
+QUERY_BLOCK = 1024  # longer rows are taken a block of queries at a time, so that no [T, S] array exists
 
 
 def attention(q_BTNH, k_BSKH, v_BSKH, queries, keys, *, scale: float, window=None, softcap=None):
-    """Grouped-query causal attention within segments, softmax in float32. Ainslie et al. 2023, arXiv:2305.13245.
+    """Grouped-query causal attention within segments, softmax in float32. Ainslie et al., arXiv:2305.13245.
 
-    `queries` and `keys` are (segments, positions), int32 [B, T] and [B, S]. Query t sees key s where both are in
-    the same segment, s is not later, and, given `window`, less than `window` positions before. `window` may be a
-    traced scalar. A query that sees no key (padding) returns a finite value that means nothing. Result [B, T, N, H].
+    `queries` and `keys` are (segments, positions), int32 [B, T] and [B, S]. Query t sees key s where both are
+    in the same segment, s is not later, and, given `window`, less than `window` positions before. `window`
+    may be a traced scalar. A query that sees no key (padding) returns a finite value that means nothing. Result
+    [B, T, N, H].
     """
     block = jax.checkpoint(_attend, static_argnums=(5, 7))
     T = q_BTNH.shape[1]
@@ -51,8 +52,8 @@ def _dot(eqn: str, x, y):
 
 
 def _by_kv_head(q_BTNH, K: int):
-    """[B, T, N, H] as [B, K, T, G, H]: with the axes in this order the big products leave their result where the
-    softmax reads it, and only q, k and v are ever transposed."""
+    """[B, T, N, H] as [B, K, T, G, H]: with the axes in this order the big products leave their result where
+    the softmax reads it, and only q, k and v are ever transposed."""
     B, T, N, H = q_BTNH.shape
     return q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 1, 3, 4)
 
@@ -95,7 +96,7 @@ def _attend_bwd(scale, softcap, residuals, g_BTNH):
     d_logits = d_logits.astype(q_BKTGH.dtype)
     dq = _by_query(_dot("BKTGS,BSKH->BKTGH", d_logits, k_BSKH))
     dk = _dot("BKTGS,BKTGH->BSKH", d_logits, q_BKTGH)
-    none = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (queries, keys, window))
+    none = jax.tree.map(lambda x: np.zeros(np.shape(x), jax.dtypes.float0), (queries, keys, window))
     return (
         dq.astype(q_BKTGH.dtype),
         dk.astype(k_BSKH.dtype),

@@ -1,8 +1,8 @@
 """Losses over a vocabulary that never hold [B, T, V] logits: the head is applied to a few tokens at a time.
 
-In each row the tokens that count are moved to the front and the loop ends after the last of them, so untrained
-positions (prompts, padding) cost nothing at the head though every shape is static. Rows stay where they are: with
-the batch axis sharded, nothing crosses devices but the loop's bound.
+In each row the tokens that count are moved to the front and the loop ends after the last of them, so
+untrained positions (prompts, padding) cost nothing at the head though every shape is static. Rows stay where
+they are: with the batch axis sharded, nothing crosses devices but the loop's bound.
 """
 
 import functools
@@ -52,8 +52,8 @@ def linear_cross_entropy(
 ):
     """Sum of weight · (-log p(target)) over [B, T], float32 scalar; hidden state t predicts target t.
 
-    The gradient is formed in the forward pass, a chunk of `chunk` positions of every row at a time, so the head's
-    product is never recomputed; with `frozen_head` no gradient of the head is formed at all.
+    The gradient is formed in the forward pass, a chunk of `chunk` positions of every row at a time, so the
+    head's product is never recomputed; with `frozen_head` no gradient of the head is formed at all.
     """
     return _cross_entropy_fwd(unembed, head, hidden_BTD, targets_BT, weight_BT, chunk, frozen_head)[0]
 
@@ -64,7 +64,7 @@ def _cross_entropy_fwd(unembed, head, hidden_BTD, targets_BT, weight_BT, chunk, 
     hidden, targets, weight = (_chunked(_take(x, order), chunk) for x in (hidden_BTD, targets_BT, weight_BT))
 
     def loss_and_grads(hidden_BXD, targets_BX, weight_BX):
-        # The softmax's gradient is written out: autodiff scatters into, and keeps, arrays of the logits' size.
+        # The softmax's gradient is written out: autodiff keeps and scatters into arrays of the logits' size.
         if frozen_head:
             logits_BXV, pull = jax.vjp(lambda x: unembed(head, x), hidden_BXD)
         else:
@@ -103,10 +103,10 @@ linear_cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5, 6))
 def linear_logprobs(unembed: Unembed, head, hidden_BTD, targets_BT, mask_BT, chunk: int, frozen_head: bool):
-    """log p(target) where `mask` is nonzero and 0 elsewhere, float32 [B, T]; hidden state t predicts target t.
+    """log p(target) where `mask` is not zero, else 0, float32 [B, T]; hidden state t predicts target t.
 
-    For losses that need the log-probabilities before they know each token's weight (preference, RL): the backward
-    pass goes through the head again, a chunk at a time.
+    For losses that need the log-probabilities before they know each token's weight (preference, RL): the
+    backward pass goes through the head again, a chunk at a time.
     """
     return _logprobs_fwd(unembed, head, hidden_BTD, targets_BT, mask_BT, chunk, frozen_head)[0]
 

@@ -17,7 +17,7 @@ def rms_norm(x, scale, eps: float):
 
 
 def silu_times(gate, up):
-    """silu(gate) · up, computed in float32 and rounded once: SwiGLU's middle. Shazeer 2020, arXiv:2002.05202."""
+    """silu(gate) · up, computed in float32 and rounded once. SwiGLU: Shazeer 2020, arXiv:2002.05202."""
     return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(up.dtype)
 
 
@@ -27,9 +27,9 @@ ROPE_TYPES = ("default", "linear", "llama3")
 def rope_frequencies(parameters: dict, head_dim: int) -> jax.Array:
     """Angular frequencies [H/2] in float32 from config.json's `rope_parameters` (transformers 5 spelling).
 
-    "linear" divides positions by `factor` (Chen et al. 2023, arXiv:2306.15595). "llama3" divides the frequencies
-    whose wavelength exceeds original_max_position_embeddings / low_freq_factor by `factor`, keeps those below
-    original / high_freq_factor, and blends between (Llama 3.1, arXiv:2407.21783 and its released code).
+    "linear" divides positions by `factor` (Chen et al. 2023, arXiv:2306.15595). "llama3" divides the
+    frequencies whose wavelength exceeds original_max_position_embeddings / low_freq_factor by `factor`, keeps
+    those below original / high_freq_factor, and blends between (Llama 3.1, arXiv:2407.21783, and its code).
     """
     kind = parameters.get("rope_type", "default")
     exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim

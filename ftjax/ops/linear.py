@@ -55,7 +55,7 @@ def einsum(eqn: str, x, w, dtype=None):
 
 
 def dropout(x, w: LoraWeight):
-    """The input of the low-rank branch: x with a share w.dropout of its elements zeroed, the rest scaled up."""
+    """The low-rank branch's input: x with a share w.dropout of its elements zeroed, the rest scaled up."""
     if w.rng is None or w.dropout == 0.0:
         return x
     keep = jax.random.bernoulli(w.rng, 1.0 - w.dropout, x.shape)
@@ -63,8 +63,8 @@ def dropout(x, w: LoraWeight):
 
 
 def embed(w, tokens_BT, segments_BT, dtype):
-    """Rows of an embedding table [V, D] as [B, T, D]. NEFTune's noise has the width alpha / sqrt(T' D), T' the
-    length of the token's own document (segment), so that packing does not change it."""
+    """Rows of an embedding table [V, D] as [B, T, D]. NEFTune's noise has the width alpha / sqrt(T' D), T'
+    the length of the token's own document (segment), so that packing does not change it."""
     if not isinstance(w, NoisyEmbedding):
         return w[tokens_BT].astype(dtype)
     x_BTD = embed(w.base, tokens_BT, segments_BT, dtype)

@@ -1,0 +1,131 @@
+"""The chunked losses, values and gradients, against dense ones in float64 and by autodiff."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ftjax.ops import einsum, linear_cross_entropy, linear_logprobs
+
+pytestmark = pytest.mark.fast
+B, T, D, V = 3, 11, 5, 17
+
+
+def unembed(head, hidden):
+    return einsum("BXD,VD->BXV", hidden, head, jnp.float32)
+
+
+def inputs(dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    head = jnp.asarray(rng.normal(0, 1, (V, D)), dtype)
+    hidden = jnp.asarray(rng.normal(0, 1, (B, T, D)), dtype)
+    return head, hidden, jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32)
+
+
+def weights(kind):
+    rng = np.random.default_rng(1)
+    w = rng.uniform(0.5, 2, (B, T)).astype(np.float32)
+    if kind == "some":
+        w *= rng.random((B, T)) < 0.4
+    if kind == "a row of none":
+        w[1] = 0
+    if kind == "none":
+        w[:] = 0
+    if kind == "negative":
+        w *= -1
+    return jnp.asarray(w)
+
+
+def dense_logprobs(head, hidden, targets):
+    logits = jnp.einsum(
+        "btd,vd->btv", hidden.astype(jnp.float32), head.astype(jnp.float32), precision="highest"
+    )
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+
+
+def float64_loss(head, hidden, targets, weight):
+    logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T
+    top = logits.max(-1)
+    lse = np.log(np.exp(logits - top[..., None]).sum(-1)) + top
+    gold = np.take_along_axis(logits, np.asarray(targets)[..., None], -1)[..., 0]
+    return ((lse - gold) * np.asarray(weight, np.float64)).sum()
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 11, 256])
+@pytest.mark.parametrize("kind", ["all", "some", "a row of none", "none", "negative"])
+def test_cross_entropy(kind, chunk):
+    head, hidden, targets = inputs()
+    weight = weights(kind)
+
+    @jax.jit
+    def ours(hidden):
+        return linear_cross_entropy(unembed, head, hidden, targets, weight, chunk, True)
+
+    def dense(hidden):
+        return -jnp.sum(dense_logprobs(head, hidden, targets) * weight)
+
+    with jax.numpy_dtype_promotion("strict"):
+        loss, grad = jax.value_and_grad(ours)(hidden)
+    np.testing.assert_allclose(loss, float64_loss(head, hidden, targets, weight), rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(grad, jax.grad(dense)(hidden), rtol=1e-5, atol=2e-6)
+    np.testing.assert_array_equal(grad[weight == 0], 0)
+
+
+@pytest.mark.parametrize("kind", ["all", "some", "none"])
+def test_cross_entropy_with_a_trainable_head(kind):
+    head, hidden, targets = inputs()
+    weight = weights(kind)
+
+    def ours(head, hidden):
+        return 3 * linear_cross_entropy(unembed, head, hidden, targets, weight, 4, False)
+
+    def dense(head, hidden):
+        return -3 * jnp.sum(dense_logprobs(head, hidden, targets) * weight)
+
+    got = jax.value_and_grad(ours, (0, 1))(head, hidden)
+    want = jax.value_and_grad(dense, (0, 1))(head, hidden)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
+
+
+@pytest.mark.parametrize("chunk", [3, 11, 64])
+@pytest.mark.parametrize("kind", ["all", "some", "a row of none", "none"])
+def test_logprobs(kind, chunk):
+    head, hidden, targets = inputs()
+    mask = weights(kind)
+
+    def loss(f, head, hidden):
+        return jnp.sum(jnp.sin(f(head, hidden)) * jnp.where(mask != 0, 1.0, 0.0))
+
+    def ours(head, hidden):
+        return linear_logprobs(unembed, head, hidden, targets, mask, chunk, False)
+
+    def dense(head, hidden):
+        return jnp.where(mask != 0, dense_logprobs(head, hidden, targets), 0.0)
+
+    with jax.numpy_dtype_promotion("strict"):
+        np.testing.assert_allclose(ours(head, hidden), dense(head, hidden), rtol=1e-5, atol=1e-6)
+        got = jax.grad(loss, (1, 2))(ours, head, hidden)
+    want = jax.grad(loss, (1, 2))(dense, head, hidden)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-6), got, want)
+
+    def with_frozen_head(head, hidden):
+        return linear_logprobs(unembed, head, hidden, targets, mask, chunk, True)
+
+    frozen = jax.grad(loss, 2)(with_frozen_head, head, hidden)
+    np.testing.assert_allclose(frozen, want[1], rtol=1e-5, atol=3e-6)
+
+
+def test_bfloat16():
+    head, hidden, targets = inputs(jnp.bfloat16)
+    weight = weights("some")
+
+    def ours(hidden):
+        return linear_cross_entropy(unembed, head, hidden, targets, weight, 4, True)
+
+    loss, grad = jax.value_and_grad(ours)(hidden)
+    exact = jax.grad(lambda x: -jnp.sum(dense_logprobs(head, x, targets) * weight))(
+        hidden.astype(jnp.float32)
+    )
+    np.testing.assert_allclose(loss, float64_loss(head, hidden, targets, weight), rtol=1e-5)
+    assert grad.dtype == jnp.bfloat16
+    np.testing.assert_allclose(grad.astype(np.float32), exact, rtol=0.02, atol=0.02)
