@@ -68,8 +68,8 @@ def claim(cfg, overwrite: bool = False, resume: bool = False) -> pathlib.Path:
     """
     run = pathlib.Path(cfg.output)
     saved = run / "config.yaml"
-    if saved.exists() and overwrite:
-        shutil.rmtree(run)
+    if saved.exists() and (overwrite or not (run / "metrics.jsonl").exists()):
+        shutil.rmtree(run)  # told to, or it ended before it began: bad data, say
     elif saved.exists():
         changed = config.differences(saved, cfg, ignore=FREE_KEYS)
         if changed and not resume:
