@@ -14,8 +14,8 @@ def attention(q_BTNH, k_BSKH, v_BSKH, queries, keys, *, scale: float, window=Non
 
     `queries` and `keys` are (segments, positions), int32 [B, T] and [B, S]. Query t sees key s where both are
     in the same segment, s is not later, and, given `window`, less than `window` positions before. `window`
-    may be a traced scalar. A query that sees no key (padding) returns a finite value that means nothing. Result
-    [B, T, N, H].
+    may be a traced scalar. A query that sees no key (padding) returns a finite value that means nothing.
+    Result [B, T, N, H].
     """
     block = jax.checkpoint(_attend, static_argnums=(5, 7))
     T = q_BTNH.shape[1]

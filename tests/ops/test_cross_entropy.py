@@ -51,8 +51,10 @@ def float64_loss(head, hidden, targets, weight):
     return ((lse - gold) * np.asarray(weight, np.float64)).sum()
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 11, 256])
-@pytest.mark.parametrize("kind", ["all", "some", "a row of none", "none", "negative"])
+CASES = [("all", 11), ("some", 4), ("some", 256), ("a row of none", 4), ("none", 4), ("negative", 1)]
+
+
+@pytest.mark.parametrize("kind,chunk", CASES)
 def test_cross_entropy(kind, chunk):
     head, hidden, targets = inputs()
     weight = weights(kind)
@@ -71,7 +73,7 @@ def test_cross_entropy(kind, chunk):
     np.testing.assert_array_equal(grad[weight == 0], 0)
 
 
-@pytest.mark.parametrize("kind", ["all", "some", "none"])
+@pytest.mark.parametrize("kind", ["some", "none"])
 def test_cross_entropy_with_a_trainable_head(kind):
     head, hidden, targets = inputs()
     weight = weights(kind)
@@ -87,8 +89,7 @@ def test_cross_entropy_with_a_trainable_head(kind):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
 
 
-@pytest.mark.parametrize("chunk", [3, 11, 64])
-@pytest.mark.parametrize("kind", ["all", "some", "a row of none", "none"])
+@pytest.mark.parametrize("kind,chunk", CASES[1:5])
 def test_logprobs(kind, chunk):
     head, hidden, targets = inputs()
     mask = weights(kind)
