@@ -59,6 +59,7 @@ TOKENIZER_FILES = (
     "vocab.json merges.txt vocab.txt chat_template.jinja chat_template.json"
 ).split()
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+TILE = 1024  # rows of a transposing copy at a time
 THREADS = min(4, os.cpu_count() or 1)  # each may hold one tensor's float32 copy, so few
 
 
@@ -480,15 +481,23 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _copy(out: np.ndarray, x: np.ndarray, split: int) -> None:
-    """out[...] = x, cast. Transposing goes in blocks of the source's rows: caches make it 3 times faster."""
-    if split == 0 or x.ndim <= split:
+    """out[...] = x, cast; `split` axes go in. Transposing goes in tiles a cache line of `out` wide: 3 times
+    faster than as one."""
+    if split == 0 or x.flags.c_contiguous:
         out[...] = x
         return
-    rows = math.prod(x.shape[split + 1 :])
-    step = max(1, 64 // rows)
-    for i in range(0, x.shape[split], step):
-        at = (slice(None),) * split + (slice(i, i + step),)
-        out[at] = x[at].astype(out.dtype, copy=False)
+    rows, columns = math.prod(x.shape[:split]), math.prod(x.shape[split:])
+    out, x = out.reshape(rows, columns), x.reshape(rows, columns)
+    widen = x.dtype == ml_dtypes.bfloat16 and out.dtype == np.float32  # its upper half
+    if out.dtype == x.dtype or widen:  # numpy moves its own integers faster than bfloat16
+        out, x = (y.view(f"u{y.itemsize}") for y in (out, x))
+    line = 64 // out.itemsize
+    for i in range(0, rows, TILE):
+        for j in range(0, columns, line):
+            tile = slice(i, i + TILE), slice(j, j + line)
+            out[tile] = x[tile]
+    if widen:
+        np.left_shift(out, 16, out=out)
 
 
 # -- Out
