@@ -6,11 +6,13 @@ or two. Writing goes tensor by tensor too, into a folder beside the target that 
 whole.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -59,6 +62,7 @@ TOKENIZER_FILES = (
     "vocab.json merges.txt vocab.txt chat_template.jinja chat_template.json"
 ).split()
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+HOST = ("cpu",)  # platforms whose arrays lie in host memory
 TILE = 1024  # rows of a transposing copy at a time
 THREADS = min(4, os.cpu_count() or 1)  # each may hold one tensor's float32 copy, so few
 
@@ -427,8 +431,8 @@ def load_params(
 
     Matrices get `dtype` (the checkpoint's unless given), norms and biases float32. `shardings` is a tree like
     the params' (`weights.shardings`); without it all is on the first device. `progress(path, bytes)` is
-    called once a leaf. Over what stays on the host (on CPU all of it) its memory peaks at one leaf's local
-    shards plus a few tensors. UserError as `check_names`.
+    called once a leaf. Over what stays on the host (on CPU all of it) its memory peaks at a few tensors.
+    UserError as `check_names`.
     """
     table = model.table
     check_names(source, table)
@@ -447,29 +451,61 @@ def load_params(
 def _load_leaf(source: Source, table: Table, path: str, dtype: np.dtype, sharding, pool) -> jax.Array:
     shape, stacked = table.shape(path), table.layers(path) is not None
     where = {
-        device: tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True))
+        device: tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
         for device, index in sharding.addressable_devices_indices_map(shape).items()
     }
-    indices = {tuple((s.start, s.stop) for s in index): index for index in where.values()}
-    buffers = {k: aligned_empty(tuple(b - a for a, b in k), dtype) for k in indices}
 
-    def read(i: int, name: str) -> None:
+    def read(i: int, name: str, outs) -> None:
+        """Fill {bounds of a shard: its part of layer i}."""
         x = from_hf(table, path, source.get(name))
-        for key, index in indices.items():
-            if not stacked:
-                _copy(buffers[key], x[index], len(table.ins(path)))
-            elif index[0].start <= i < index[0].stop:
-                _copy(buffers[key][i - index[0].start], x[index[1:]], len(table.ins(path)))
+        for bounds, out in outs.items():
+            index = tuple(slice(*b) for b in bounds[stacked:])
+            _copy(out, x[index], len(table.ins(path)))
         source.release(name)
 
-    for done in [pool.submit(read, i, name) for i, name in enumerate(table.names(path))]:
-        done.result()
-    # On CPU this takes no copy: an aligned buffer that nobody else holds becomes the array.
-    shards = [
-        jax.device_put(buffers[tuple((s.start, s.stop) for s in index)], device)
-        for device, index in where.items()
-    ]
+    names = table.names(path)
+    if not stacked or all(device.platform in HOST for device in where):
+        # On CPU device_put takes no copy: an aligned buffer that nobody else holds becomes the array.
+        buffers = {bounds: aligned_empty(_extent(bounds), dtype) for bounds in set(where.values())}
+        jobs = []
+        for i, name in enumerate(names):
+            outs = (
+                {k: x[i - k[0][0]] for k, x in buffers.items() if k[0][0] <= i < k[0][1]}
+                if stacked
+                else buffers
+            )
+            jobs.append(pool.submit(read, i, name, outs))
+        for job in jobs:
+            job.result()
+        shards = [jax.device_put(buffers[bounds], device) for device, bounds in where.items()]
+    else:
+        # Elsewhere the host holds a few layers at a time, not the whole stack.
+        parts = {device: jnp.zeros(_extent(bounds), dtype, device=device) for device, bounds in where.items()}
+        jobs = collections.deque()
+        for i in range(len(names) + THREADS):
+            if i < len(names):
+                bounds = {k for k in where.values() if k[0][0] <= i < k[0][1]}
+                outs = {k: aligned_empty(_extent(k[1:]), dtype) for k in bounds}
+                jobs.append((i, outs, pool.submit(read, i, names[i], outs)))
+            if i >= THREADS - 1 and jobs:
+                layer, outs, job = jobs.popleft()
+                job.result()
+                for device, k in where.items():
+                    if k in outs:
+                        one = jax.device_put(outs[k], device)
+                        parts[device] = _set_layer(parts[device], one, layer - k[0][0])
+                jax.block_until_ready(list(parts.values()))
+        shards = list(parts.values())
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def _extent(bounds) -> tuple[int, ...]:
+    return tuple(stop - start for start, stop in bounds)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_layer(stack, layer, i):
+    return jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -113,8 +113,10 @@ def test_without_a_dtype_matrices_keep_theirs_and_vectors_are_float32(copy):
     assert flat["final_norm"].dtype == np.float32
 
 
+@pytest.mark.parametrize("host", ["cpu", "elsewhere"])
 @pytest.mark.parametrize("fsdp, tp", [(8, 1), (4, 2), (2, 2), (1, 2)])
-def test_shards_go_where_they_belong(whole, fsdp, tp):
+def test_shards_go_where_they_belong(whole, fsdp, tp, host, monkeypatch):
+    monkeypatch.setattr(hf, "HOST", (host,))  # else layers go to the device one by one
     source = hf.open_model(whole)
     model = models.from_config(source.config)
     devices = mesh.make_mesh(mesh.MeshOptions(fsdp=fsdp, tp=tp), jax.devices()[: fsdp * tp])
