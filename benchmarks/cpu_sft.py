@@ -8,8 +8,8 @@ for all. malloc is told to keep freed memory for all of them alike, which helps 
 
 Gradients are compared before anything is timed: ours in float32 with the peer's in float32 (not where torch or
 peft is missing), each bfloat16 with its own float32. Without --model the weights and the tokens are random
-and nothing is downloaded; with it the tokens are this file's text: random tokens throw a trained model so far
-off that no two roundings agree on a gradient.
+and nothing is downloaded; with it the tokens are this file's text: random tokens throw a trained model so
+far off that no two roundings agree on a gradient.
 """
 
 import argparse
