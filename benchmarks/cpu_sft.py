@@ -6,8 +6,8 @@ Every contender is a process of its own, holds the same weights and gets the sam
 step at a time (A B C A B C …), the others asleep meanwhile, so that a machine that changes pace changes it
 for all. malloc is told to keep freed memory for all of them alike, which helps all of them.
 
-Gradients are compared before anything is timed: ours in float32 with the peer's in float32 (not where torch or
-peft is missing), each bfloat16 with its own float32. Without --model the weights and the tokens are random
+Gradients are compared before anything is timed: ours in float32 with the peer's in float32 (not where torch
+or peft is missing), each bfloat16 with its own float32. Without --model the weights and the tokens are random
 and nothing is downloaded; with it the tokens are this file's text: random tokens throw a trained model so
 far off that no two roundings agree on a gradient.
 """
