@@ -1,8 +1,8 @@
 """Checkpoints that survive: Orbax writes them, and each is sealed with the hashes of its files.
 
-A checkpoint holds what training changes (step, trainable weights, optimiser state) and a small dict of the loop's
-own facts; never the frozen base. Random numbers and data order are functions of (seed, step), so the step is their
-state. A checkpoint that does not match its seal is moved aside and the one before it is taken.
+A checkpoint holds what training changes (step, trainable weights, optimiser state) and a small dict of the
+loop's own facts; never the frozen base. Random numbers and data order are functions of (seed, step), so the
+step is their state. A checkpoint that does not match its seal is moved aside and the one before it is taken.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ class CheckpointOptions:
     every: int = 100
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
-    """Newest checkpoints kept, at least 2: the one before goes only after the newest was read back. The best one by
-    evaluation is kept besides."""
+    """Newest checkpoints kept, at least 2: the one before goes only after the newest was read back. The best
+    one by evaluation is kept besides."""
 
     def __post_init__(self):
         if self.keep < 2:
@@ -131,7 +131,8 @@ class Checkpoints:
                 except Exception as e:
                     if self._sealed(candidate):  # whole on disk, so it is not the disk that is wrong
                         raise UserError(
-                            f"{self.directory / str(candidate)} was made by a run with other weights or another "
+                            f"{self.directory / str(candidate)} was made by a run with other weights or "
+                            "another "
                             f"optimiser, and cannot be continued by this config: {_first_line(e)}"
                         ) from e
                     problem = _first_line(e)
@@ -141,13 +142,15 @@ class Checkpoints:
             left = [s for s in steps if s not in tried]
             if not left:
                 raise UserError(
-                    f"{self.directory}: no checkpoint is whole (tried {', '.join(map(str, tried))}); start over "
+                    f"{self.directory}: no checkpoint is whole (tried {', '.join(map(str, tried))}); start "
+                    "over "
                     "with --overwrite, or restore the folder from a copy"
                 )
         return None
 
     def set_aside(self, after: int | None) -> None:
-        """Move checkpoints later than step `after` (all, for None) to damaged-STEP, so that a run may pass them."""
+        """Move checkpoints later than step `after` (all, for None) to damaged-STEP, so that a run may pass
+        them."""
         for step in self.steps():
             if after is None or step > after:
                 target = self.directory / f"damaged-{step}"

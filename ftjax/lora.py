@@ -1,8 +1,9 @@
-"""LoRA as functions on a parameter tree. Hu et al. 2021, arXiv:2106.09685; field names and meanings are PEFT's.
+"""LoRA as functions on a parameter tree. Hu et al. 2021, arXiv:2106.09685; field names and meanings are
+PEFT's.
 
-`plan` reads the config against a weight table, `init` makes the small trainable tree, `attach` puts it beside the
-frozen one for a forward pass, `merge` folds it in for export. Models do not know of LoRA: ops.einsum does.
-"""
+`plan` reads the config against a weight table, `init` makes the small trainable tree, `attach` puts it beside
+the frozen one for a forward pass, `merge` folds it in for export. Models do not know of LoRA: ops.einsum
+does."""
 
 import dataclasses
 import math
@@ -46,9 +47,7 @@ class LoraConfig:
         ranks = {"r": self.r} | {f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}
         for name, rank in ranks.items():
             if rank < 1:
-                raise UserError(
-                    f"lora.{name}={rank}: a rank is at least 1 (`lora: null` tunes every weight)"
-                )
+                raise UserError(f"lora.{name}={rank}: a rank is at least 1 (`lora: null` tunes every weight)")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"lora.lora_dropout={self.lora_dropout}: a share in [0, 1)")
         for name in ("rank_pattern", "alpha_pattern"):
@@ -67,8 +66,8 @@ def _compiled(pattern: str, where: str) -> re.Pattern:
 
 @dataclasses.dataclass(frozen=True)
 class Adapted:
-    """One adapted weight: rank and scale of each of its layers (one entry where it is not stacked); a layer of
-    rank 0 is left alone. Factors are stored at the largest rank, the rest zero."""
+    """One adapted weight: rank and scale of each of its layers (one entry where it is not stacked); a layer
+    of rank 0 is left alone. Factors are stored at the largest rank, the rest zero."""
 
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
@@ -120,7 +119,8 @@ def plan(config: LoraConfig, table: Table) -> Plan:
         for target in config.target_modules:
             if target not in used_targets:
                 raise UserError(
-                    f"lora.target_modules: {target!r} matches no linear layer; the model's are {', '.join(modules)}"
+                    f"lora.target_modules: {target!r} matches no linear layer; the model's are "
+                    f"{', '.join(modules)}"
                 )
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, field):
@@ -139,7 +139,8 @@ def _target(targets, module: str, is_head: bool) -> str | None:
 
 
 def _pattern(patterns: Mapping, module: str, default):
-    """(pattern, value) of the first regex that matches the end of `module`, by PEFT's rule (get_pattern_key)."""
+    """(pattern, value) of the first regex that matches the end of `module`, by PEFT's rule
+    (get_pattern_key)."""
     for key, value in patterns.items():
         if re.match(rf"(.*\.)?({key})$", module):
             return key, value
@@ -152,7 +153,8 @@ def _live(adapted: Adapted) -> np.ndarray:
 
 
 def init(key: jax.Array, plan: Plan, table: Table) -> dict:
-    """The trainable tree {path: {"a", "b"}}, float32: a uniform in ±1/sqrt(fan_in) as PEFT draws it, b zero."""
+    """The trainable tree {path: {"a", "b"}}, float32: a uniform in ±1/sqrt(fan_in) as PEFT draws it, b
+    zero."""
     flat = {}
     for path, adapted in plan.items():
         lead, ins, outs = table.lead(path), table.ins(path), table.outs(path)

@@ -43,7 +43,8 @@ def make_mesh(options: MeshOptions, devices=None) -> Mesh:
         shape[other] = n // size
     elif shape["fsdp"] * shape["tp"] != n:
         raise UserError(
-            f"mesh: fsdp={shape['fsdp']} × tp={shape['tp']} is {shape['fsdp'] * shape['tp']} devices, there are "
+            f"mesh: fsdp={shape['fsdp']} × tp={shape['tp']} is {shape['fsdp'] * shape['tp']} devices, there "
+            "are "
             f"{n}: set one of them to -1 to take what is left"
         )
     return jax.make_mesh(
@@ -68,7 +69,8 @@ def check(mesh: Mesh, table: Table, rows: int) -> None:
         size, parts = table.sizes[letter], mesh.shape[axis]
         if size % parts:
             raise UserError(
-                f"mesh.{axis}={parts} does not divide the model's {fields[letter]}={size}; {_divisors(size)} would"
+                f"mesh.{axis}={parts} does not divide the model's {fields[letter]}={size}; {_divisors(size)} "
+                "would"
             )
     if rows % mesh.shape["fsdp"]:
         raise UserError(
@@ -88,7 +90,8 @@ def adapter_shardings(mesh: Mesh, plan: lora.Plan, table: Table) -> dict:
 
 def state_shardings(mesh: Mesh, tx, trainable):
     """Shardings of `tx`'s state: moments as their weights, all else on every device."""
-    return optim.state_shardings(tx, trainable, jax.tree.map(lambda x: x.sharding, trainable), sharding(mesh, ""))
+    like = jax.tree.map(lambda x: x.sharding, trainable)
+    return optim.state_shardings(tx, trainable, like, sharding(mesh, ""))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

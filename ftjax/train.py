@@ -1,5 +1,5 @@
-"""The training step and loop that every recipe shares: a recipe is a loss function. LoRA and meshes are not known
-here."""
+"""The training step and loop that every recipe shares: a recipe is a loss function. LoRA and meshes are not
+known here."""
 
 import contextlib
 import dataclasses
@@ -36,7 +36,8 @@ class TrainOptions:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of activations and products, and of the frozen base. Losses, norms and LoRA factors are float32."""
     remat: Literal["none", "act", "mlp", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing; norms and activations; the MLP; all but products; everything."""
+    """What the backward pass recomputes: nothing; norms and activations; the MLP; all but products;
+    everything."""
     unroll: bool | int = 1
     """Layers an iteration of the layer loop (true: all): longer compiles, faster steps on CPU and GPU."""
     loss_chunk: int = 256
@@ -81,12 +82,11 @@ def init_state(trainable, tx: optax.GradientTransformation, opt_shardings=None) 
 def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, seed: int):
     """A jitted (state, frozen, batch) -> (state, metrics), with `state` donated.
 
-    `batch` leaves are [A, B, …]: A microbatches, one gradient. Sums of loss and gradient are taken over all of
-    them and divided once by the summed sums["weight"], so that the result does not depend on how the batch was
-    cut. Each microbatch gets `rng`, a key that is a function of (seed, step, its index). Metrics are sums per
-    weight, with "weight" itself, "grad_norm" and "finite": where the loss or a gradient is not finite, the state
-    keeps its values and its step, for good.
-    """
+    `batch` leaves are [A, B, …]: A microbatches, one gradient. Sums of loss and gradient are taken over all
+    of them and divided once by the summed sums["weight"], so that the result does not depend on how the batch
+    was cut. Each microbatch gets `rng`, a key that is a function of (seed, step, its index). Metrics are sums
+    per weight, with "weight" itself, "grad_norm" and "finite": where the loss or a gradient is not finite,
+    the state keeps its values and its step, for good."""
     grad_fn = jax.grad(loss_fn, has_aux=True)
 
     def train_step(state: TrainState, frozen, batch):
@@ -148,7 +148,8 @@ class NonFinite(UserError):
 
 @contextlib.contextmanager
 def signals():
-    """Yields a list to which the first SIGTERM or Ctrl-C adds its number; a second Ctrl-C interrupts at once."""
+    """Yields a list to which the first SIGTERM or Ctrl-C adds its number; a second Ctrl-C interrupts at
+    once."""
     caught: list[int] = []
 
     def on_signal(signum, frame):
@@ -192,13 +193,13 @@ def fit(
     eval_options: EvalOptions = EvalOptions(),
     progress: Progress | None = None,
 ) -> tuple[TrainState, Progress]:
-    """Run `train_step(state, batch)` from state.step to total_steps, saving, evaluating and reporting on the way.
+    """Run `train_step(state, batch)` from state.step to total_steps, saving, evaluating and reporting on the
+    way.
 
-    `batches` begins at state.step. Metrics are read one step late, so that the host never holds up the device.
-    `report(step, metrics)` gets "seconds" of the step, too; `evaluate` reports for itself and returns its metrics,
-    of which "loss" chooses the best step. Raises Interrupted after saving when a signal came, and NonFinite after
-    saving the last good state, naming the step and its documents.
-    """
+    `batches` begins at state.step. Metrics are read one step late, so that the host never holds up the
+    device. `report(step, metrics)` gets "seconds" of the step, too; `evaluate` reports for itself and returns
+    its metrics, of which "loss" chooses the best step. Raises Interrupted after saving when a signal came,
+    and NonFinite after saving the last good state, naming the step and its documents."""
     progress = progress or Progress()
     step, pending = int(state.step), None
     clock = time.perf_counter()
@@ -217,9 +218,9 @@ def fit(
             names = documents(at)
             shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
             raise NonFinite(
-                f"step {at + 1}: the loss is {values['loss']} (gradient norm {values['grad_norm']}). The state before "
-                f"it is saved at step {at}. Its batch held: {shown}. A smaller learning rate or float32 usually helps; "
-                "look at those documents first"
+                f"step {at + 1}: the loss is {values['loss']} (gradient norm {values['grad_norm']}). The state "
+                f"before it is saved at step {at}. Its batch held: {shown}. A smaller learning rate or float32 "
+                "usually helps; look at those documents first"
             )
         report(at + 1, values | {"seconds": seconds})
 

@@ -1,12 +1,12 @@
 """Weight tables: one row per parameter; everything else is derived from it.
 
-A model file declares rows `path -> Weight`. A row's axes give the array's shape, its sharding, its layout in a
-Hugging Face checkpoint and the LoRA factors that fit it. The leaf types that may stand in a parameter tree in
-place of an array live here too; `ops.linear` is the one place that computes with them.
+A model file declares rows `path -> Weight`. A row's axes give the array's shape, its sharding, its layout in
+a Hugging Face checkpoint and the LoRA factors that fit it. The leaf types that may stand in a parameter tree
+in place of an array live here too; `ops.linear` is the one place that computes with them.
 
 Axis letters: B batch, T query length, S key length, D hidden_size, N query heads, K key/value heads, G = N/K,
-H head_dim, F intermediate_size, V vocab_size, L layers, E experts, R LoRA rank, A microbatches, X local and said.
-"""
+H head_dim, F intermediate_size, V vocab_size, L layers, E experts, R LoRA rank, A microbatches, X local and
+said."""
 
 import dataclasses
 import math
@@ -59,9 +59,8 @@ VECTOR = Layout(  # a norm's scale or a bias: flat in the checkpoint
 class Weight:
     """One parameter. `axes` is "in->out" ("D->NH") or just "out" for a vector.
 
-    `hf` is its name in the checkpoint, `{layer}` standing for the layer's index. `layout` is LINEAR for a matrix
-    and VECTOR for a vector unless said.
-    """
+    `hf` is its name in the checkpoint, `{layer}` standing for the layer's index. `layout` is LINEAR for a
+    matrix and VECTOR for a vector unless said."""
 
     axes: str
     hf: str
@@ -160,7 +159,8 @@ def path_key(key: jax.Array, path: str) -> jax.Array:
 
 
 def init(key: jax.Array, table: Table, dtype=jnp.float32) -> dict:
-    """Random params: N(0, 1/fan_in) matrices, N(0, 0.02²) look-up tables, unit norms. No forward pass is run."""
+    """Random params: N(0, 1/fan_in) matrices, N(0, 0.02²) look-up tables, unit norms. No forward pass is
+    run."""
 
     def one(path, row):
         shape = table.shape(path)
@@ -189,9 +189,8 @@ def shardings(table: Table, rules: Mapping[str, Any], mesh) -> dict:
 class LoraWeight(struct.PyTreeNode):
     """A frozen weight [*in, *out] with factors a [*in, R], b [R, *out]: acts as base + scale · a b.
 
-    Stacked leaves carry a leading L everywhere; `scale` is then [L]. With `rng` (a key a layer) the input of the
-    a·b branch is dropped out at rate `dropout`.
-    """
+    Stacked leaves carry a leading L everywhere; `scale` is then [L]. With `rng` (a key a layer) the input of
+    the a·b branch is dropped out at rate `dropout`."""
 
     base: Any
     a: jax.Array
@@ -202,7 +201,8 @@ class LoraWeight(struct.PyTreeNode):
 
 
 class NoisyEmbedding(struct.PyTreeNode):
-    """An embedding table whose look-ups get uniform noise: NEFTune, arXiv:2310.05914. Other uses see `base`."""
+    """An embedding table whose look-ups get uniform noise: NEFTune, arXiv:2310.05914. Other uses see
+    `base`."""
 
     base: Any
     rng: jax.Array

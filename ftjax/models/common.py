@@ -1,4 +1,5 @@
-"""What every model file shares: reading config.json strictly, access to weights, the layer loop, the KV cache."""
+"""What every model file shares: reading config.json strictly, access to weights, the layer loop, the KV
+cache."""
 
 import dataclasses
 import functools
@@ -19,7 +20,8 @@ IGNORED = frozenset(
     "bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id tokenizer_class "
     "name_or_path _attn_implementation _attn_implementation_autoset attn_implementation return_dict id2label "
     "label2id problem_type task_specific_params model_max_length is_llama_config transformers.js_config "
-    "_commit_hash cache_implementation keys_to_ignore_at_inference chunk_size_feed_forward is_encoder_decoder "
+    "_commit_hash cache_implementation keys_to_ignore_at_inference chunk_size_feed_forward "
+    "is_encoder_decoder "
     "output_attentions output_hidden_states unsloth_fixed unsloth_version rope_scaling rope_theta "
     "rope_parameters max_position_embeddings head_dim layer_types".split()
 )
@@ -94,7 +96,8 @@ def check_keys(raw: Mapping[str, Any], known: Mapping[str, tuple | None]) -> Non
                 f"supported: {', '.join(map(repr, allowed))}"
             )
         raise UserError(
-            f"config.json: {key}={value!r} is unknown for model_type {raw.get('model_type')!r}: it may change "
+            f"config.json: {key}={value!r} is unknown for model_type {raw.get('model_type')!r}: it may "
+            "change "
             "what the model computes, so it is not ignored"
         )
 
@@ -194,7 +197,8 @@ class Model:
         self, params, tokens_BT, positions_BT, segments_BT, cache: KVCache | None = None
     ) -> tuple[Any, Any, dict]:
         module = self.module_type(self.config, self.table, self.options)  # type: ignore[call-arg]
-        return module.apply({"params": params}, tokens_BT, positions_BT, segments_BT, cache)  # type: ignore[return-value]
+        # type: ignore[return-value]
+        return module.apply({"params": params}, tokens_BT, positions_BT, segments_BT, cache)
 
     @property
     def head_path(self) -> str:

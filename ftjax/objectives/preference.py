@@ -13,9 +13,8 @@ from ftjax.ops import linear_logprobs
 def dpo_sigmoid(policy_BP2, reference_BP2, beta: float, label_smoothing: float):
     """(loss, rewards) of each pair, [B, P] and [B, P, 2], from summed log-probabilities (chosen, rejected).
 
-    Rafailov et al. 2023, arXiv:2305.18290, eq. 7; label smoothing as in cDPO (Mitchell 2023): the labels are taken
-    to be flipped with that probability. Rewards are beta · (policy - reference).
-    """
+    Rafailov et al. 2023, arXiv:2305.18290, eq. 7; label smoothing as in cDPO (Mitchell 2023): the labels are
+    taken to be flipped with that probability. Rewards are beta · (policy - reference)."""
     rewards_BP2 = beta * (policy_BP2 - reference_BP2)
     margin_BP = rewards_BP2[..., 0] - rewards_BP2[..., 1]
     keep = -jax.nn.log_sigmoid(margin_BP) * (1.0 - label_smoothing)

@@ -11,8 +11,8 @@ from ftjax.ops import linear_cross_entropy
 def next_token(batch):
     """(targets, weight), each [B, T]: what hidden state t predicts, and how much that counts.
 
-    loss_weight[t] weighs the loss of predicting token t, so both are shifted by one; the last position of a row
-    predicts nothing. The first token of a document carries no weight: nothing before it may predict it.
+    loss_weight[t] weighs the loss of predicting token t, so both are shifted by one; the last position of a
+    row predicts nothing. The first token of a document carries no weight: nothing before it may predict it.
     """
     targets_BT = jnp.roll(batch["tokens"], -1, axis=1)
     same_BT = batch["segments"][:, 1:] == batch["segments"][:, :-1]

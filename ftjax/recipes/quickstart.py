@@ -23,6 +23,8 @@ MAX_NEW_TOKENS = 64  # the longest answer has 22; the base writes its JSON with 
 
 BATCH = 30  # prompts answered at once: more would not fit 4 GiB with the few-shot prompt's cache
 
+COLUMNS = ("", "exact match", "valid JSON", "prompt tokens", "time a message")
+
 
 @dataclasses.dataclass
 class Arm:
@@ -77,7 +79,7 @@ SETTINGS = (
     "data.max_length=256",
     "train.epochs=1",
     "train.batch_size=1",
-    "train.dtype=float32",
+    "train.dtype=bfloat16",
     "train.unroll=true",
     "lora.r=16",
     "lora.lora_alpha=32",
@@ -90,72 +92,46 @@ SETTINGS = (
 
 def main(argv: list[str]) -> int:
     args = _arguments(argv)
-    console = Console()
+    console = Console(highlight=False)
     clock = time.perf_counter()
-    source_name = args.model or str(embedded.fetch(console.print))
-    output = pathlib.Path(args.output)
-    cfg = run_config(source_name, output, args.seed)
+    name = args.model or str(embedded.fetch(console.print))
+    cfg = run_config(name, pathlib.Path(args.output), args.seed)
     items = task.rows("test")[: args.items]
-
-    console.print(
-        "[bold]1/4[/] the base model, with an instruction and with few-shot examples", highlight=False
-    )
-    source = hf.open_model(source_name)
+    source = hf.open_model(name)
     tokenizer = hf.load_tokenizer(source, need_chat_template=True)
-    model = models.from_config(source.config).with_options(dtype=generate.default_dtype())
-    base = hf.load_params(source, model, dtype=generate.default_dtype())
-    examples = task.few_shot_examples()
-    arms = [
-        answer(console, "base, instruction", model, base, tokenizer, source, items, task.instruction_prompt),
-        answer(
-            console,
-            f"base, {len(examples)} examples" + (" and instruction" if task.FEW_SHOT.instruction else ""),
-            model,
-            base,
-            tokenizer,
-            source,
-            items,
-            lambda message: task.few_shot_prompt(message, examples),
-        ),
-    ]
-    before = arms[1]
+    dtype = generate.default_dtype()
+    model = models.from_config(source.config).with_options(dtype=dtype)
+    eos = generate.end_tokens(source.config, source.path, tokenizer)
 
-    console.print("[bold]2/4[/] tuning", highlight=False)
+    def answers(name: str, params, prompt) -> Arm:
+        return answer(name, generate.Generator(model, params, tokenizer, eos=eos), items, prompt)
+
+    console.print("[bold]1/4[/] the base model, with an instruction and with few-shot examples")
+    examples = task.few_shot_examples()
+    few_shot = f"base, {len(examples)} examples" + (" and instruction" if task.FEW_SHOT.instruction else "")
+    base = hf.load_params(source, model, dtype=dtype)
+    instructed = answers("base, instruction", base, task.instruction_prompt)
+    before = answers(few_shot, base, lambda message: task.few_shot_prompt(message, examples))
+    del base  # training loads its own
+
+    console.print("[bold]2/4[/] tuning")
     run = training.start(cfg, sft.make_loss, overwrite=args.overwrite)
 
-    console.print("[bold]3/4[/] the tuned model, with a one-word prompt", highlight=False)
+    console.print("[bold]3/4[/] the tuned model, with a one-word prompt")
     _, plan, adapters = peft.load(run / "adapter", model)
-    probe = hf.probe(model, lora.attach(base, adapters, plan), tokenizer)
-    tuned = generate.prepare(lora.attach(base, adapters, plan))
-    arms.append(answer(console, "tuned, one word", model, tuned, tokenizer, source, items, task.short_prompt))
-    after = arms[2]
-    del base, tuned
+    attached = lora.attach(hf.load_params(source, model, dtype=dtype), adapters, plan)
+    probe = hf.probe(model, attached, tokenizer)
+    after = answers("tuned, one word", generate.prepare(attached), task.short_prompt)
+    del attached
 
-    console.print("[bold]4/4[/] exporting", highlight=False)
-    only_tuned = sum(a and not b for a, b in zip(after.exact, before.exact, strict=True))
-    only_base = sum(b and not a for a, b in zip(after.exact, before.exact, strict=True))
-    gain = statistics.tango(only_tuned, only_base, len(items))
-    difference = (sum(after.exact) - sum(before.exact)) / len(items)
-    notes = [
-        f"{len(items)} held-out messages. Tuned minus few-shot: {difference:+.0%} exact match, paired 95% interval "
-        f"{gain.low:+.0%} to {gain.high:+.0%}. "
-        + ("Tuning helps here." if gain.low > 0 else "No gain is shown: do not tune for this."),
-        f"The few-shot prompt (k={len(examples)}) was chosen on the eval split. Shares have 95% Wilson intervals. "
-        "Time is per message, in batches, on this machine.",
-    ]
-    columns = ["", "exact match", "valid JSON", "prompt tokens", "time a message"]
-    report.write_json(
-        run / "scores.json",
-        {
-            "title": "Held-out test",
-            "columns": columns,
-            "rows": [{"name": a.name, "cells": a.cells(), "best": a is after} for a in arms],
-            "notes": notes,
-        },
-    )
+    console.print("[bold]4/4[/] exporting")
+    arms = [instructed, before, after]
+    notes = conclude(before, after, len(examples))
     samples = pick_samples(items, before, after)
+    rows = [{"name": arm.name, "cells": arm.cells(), "best": arm is after} for arm in arms]
+    scores = {"title": "Held-out test", "columns": list(COLUMNS), "rows": rows, "notes": notes}
+    report.write_json(run / "scores.json", scores)
     report.write_json(run / "samples.json", samples)
-    scores = {a.name: a.cells()[0]["text"] for a in arms}
     exported = hf.save_model(
         run / "merged",
         model,
@@ -163,72 +139,86 @@ def main(argv: list[str]) -> int:
         source,
         plan=plan,
         adapters=adapters,
-        stop_ids=generate.end_tokens(source.config, source.path, tokenizer),
+        stop_ids=eos,
         card=hf.model_card(
             name=run.name,
             base=source.source,
             library="transformers",
             data={"train": "ftjax quickstart, train split", "rows": len(task.rows("train"))},
             settings=dict(s.split("=", 1) for s in SETTINGS),
-            scores=scores,
+            scores={f"exact match: {arm.name}": arm.cells()[0]["text"] for arm in arms},
         ),
         check=probe,
         overwrite=True,
     )
     report.write_report(run)
 
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < 3 else "right")
-    for arm in arms:
-        cells = [c["text"] if isinstance(c, dict) else c for c in arm.cells()]
-        table.add_row(arm.name, *cells, style="bold" if arm is after else "")
-    console.print()
-    console.print(table)
+    console.print(table(arms, after))
     for note in notes:
-        console.print(note, style="dim", highlight=False)
+        console.print(note, style="dim")
     for sample in samples:
-        console.print()
-        console.print(sample["prompt"], style="italic", highlight=False, markup=False)
-        for name, colour in (("before", "red"), ("after", "green")):
-            mark = "✓" if sample[name + "_ok"] else "✗"
-            shown = " ".join(sample[name].split())[:150]
-            console.print(f"  {name:<7}{mark} {shown}", style=colour, highlight=False, markup=False)
-    console.print()
-    console.print(f"In {time.perf_counter() - clock:.0f} s. Everything is in {run}/:", highlight=False)
-    console.print(f"  {run / 'report.html'}   the report")
-    console.print(f"  {run / 'adapter'}       the PEFT adapter")
-    console.print(
-        f"  {run / 'merged'}        the merged Hugging Face model; drift against the tuned one: {exported.drift}"
-    )
-    console.print(f"Talk to it:        ftjax chat {run} --system {task.SYSTEM}", highlight=False)
-    console.print(f"Your own file:     ftjax sft model={source_name} data.train=YOUR.jsonl", highlight=False)
+        show(console, sample)
+    console.print(f"\nIn {time.perf_counter() - clock:.0f} s. {run}/ holds")
+    console.print("  report.html  the report")
+    console.print("  adapter/     the PEFT adapter")
+    console.print("  merged/      the merged Hugging Face model; re-opened, against the tuned one:")
+    console.print(f"               {exported.drift}")
+    console.print("Talk to it:")
+    console.print(f"  ftjax chat {run} --system {task.SYSTEM}")
+    console.print("Tune on a file of your own:")
+    console.print(f"  ftjax sft model={name} data.train=YOUR.jsonl", soft_wrap=True)
     return 0
 
 
-def answer(console, name: str, model, params, tokenizer, source, items, prompt) -> Arm:
+def answer(name: str, generator: generate.Generator, items, prompt) -> Arm:
     """Greedy answers to every item, scored."""
-    generator = generate.Generator(
-        model, params, tokenizer, eos=generate.end_tokens(source.config, source.path, tokenizer)
-    )
-    prompts = [generate.chat_prompt(tokenizer, prompt(row.message)) for row in items]
+    prompts = [generate.chat_prompt(generator.tokenizer, prompt(row.message)) for row in items]
     options = generate.GenerateOptions(max_new_tokens=MAX_NEW_TOKENS, temperature=0.0)
-    bar = report.Bar("answer", len(items))
-    bar.open()
     start = time.perf_counter()
-    try:
+    with report.Bar("answer", len(items)) as bar:
         completions = generator.generate_many(
             prompts, options, batch_size=BATCH, progress=lambda done, total: bar.update(done, name)
         )
-    finally:
-        bar.close()
     seconds = time.perf_counter() - start - generator.compile_s
-    scores = task.score([c.text for c in completions], items)
-    return Arm(name, completions, scores, seconds)
+    return Arm(name, completions, task.score([c.text for c in completions], items), seconds)
+
+
+def conclude(before: Arm, after: Arm, k: int) -> list[str]:
+    """What the numbers say, with the paired interval of tuned minus few-shot."""
+    pairs = list(zip(after.exact, before.exact, strict=True))
+    gained, lost = (sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs))
+    interval = statistics.tango(gained, lost, len(pairs))
+    return [
+        f"{len(pairs)} held-out messages. Tuned minus few-shot: {(gained - lost) / len(pairs):+.0%} exact "
+        "match, "
+        f"paired 95% interval {interval.low:+.0%} to {interval.high:+.0%}. "
+        + ("Tuning helps here." if interval.low > 0 else "No gain is shown: do not tune for this."),
+        f"The few-shot prompt, its k={k} examples from the train split, was chosen on the eval split. Shares "
+        "have "
+        "95% Wilson intervals. Time is a message's share of its batch, compilation left out.",
+    ]
+
+
+def table(arms: list[Arm], best: Arm) -> Table:
+    out = Table(box=None, header_style="dim", pad_edge=False)
+    for i, column in enumerate(COLUMNS):
+        out.add_column(column, justify="left" if i < 3 else "right")
+    for arm in arms:
+        cells = [c["text"] if isinstance(c, dict) else c for c in arm.cells()]
+        out.add_row(arm.name, *cells, style="bold" if arm is best else "")
+    return out
+
+
+def show(console: Console, sample: dict) -> None:
+    console.print(f"\n{sample['prompt']}", style="italic", markup=False)
+    for name, colour in (("before", "red"), ("after", "green")):
+        mark = "✓" if sample[name + "_ok"] else "✗"
+        text = " ".join(sample[name].split())[:150]
+        console.print(f"  {name:<7}{mark} {text}", style=colour, markup=False)
 
 
 def pick_samples(items, before: Arm, after: Arm, count: int = 3) -> list[dict]:
-    """The first items, by the file's order: not chosen for how they came out."""
+    """Items at even distances in the file: not chosen for how they came out."""
     return [
         {
             "prompt": row.message,
@@ -238,14 +228,14 @@ def pick_samples(items, before: Arm, after: Arm, count: int = 3) -> list[dict]:
             "before_ok": before.exact[i],
             "after_ok": after.exact[i],
         }
-        for i, row in enumerate(items[:count])
+        for i, row in list(enumerate(items))[:: len(items) // count][:count]
     ]
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="ftjax quickstart",
-        description="Tune a small model on a shipped data set, and compare it with prompting on held-out items.",
+        description="Tune a small model on a shipped data set; compare it with prompting on held-out items.",
     )
     parser.add_argument("--model", help="folder, hub id or .gguf file instead of SmolLM2-135M-Instruct")
     parser.add_argument("--output", default="runs/quickstart", help="run folder (default: %(default)s)")

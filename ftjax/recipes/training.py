@@ -63,9 +63,8 @@ def start(
 def claim(cfg, overwrite: bool = False, resume: bool = False) -> pathlib.Path:
     """The run folder, ours to write to: new, or that of the same run, stopped.
 
-    UserError where it holds a finished or a different run. `overwrite` deletes what is there; `resume` goes on
-    though settings changed.
-    """
+    UserError where it holds a finished or a different run. `overwrite` deletes what is there; `resume` goes
+    on though settings changed."""
     run = pathlib.Path(cfg.output)
     saved = run / "config.yaml"
     if saved.exists() and (overwrite or not (run / "metrics.jsonl").exists()):
@@ -74,12 +73,14 @@ def claim(cfg, overwrite: bool = False, resume: bool = False) -> pathlib.Path:
         changed = config.differences(saved, cfg, ignore=FREE_KEYS)
         if changed and not resume:
             raise UserError(
-                f"{run} holds a run with other settings ({'; '.join(changed[:5])}). Choose another output; or "
+                f"{run} holds a run with other settings ({'; '.join(changed[:5])}). Choose another output; "
+                "or "
                 "--resume goes on with the new ones, --overwrite deletes that run and starts anew"
             )
         if (run / "summary.json").exists() and not changed:
             raise UserError(
-                f"{run} holds this very run, finished: `ftjax chat {run}` talks to it. Choose another output, or "
+                f"{run} holds this very run, finished: `ftjax chat {run}` talks to it. Choose another "
+                "output, or "
                 "--overwrite to delete it and run again"
             )
     elif run.is_dir() and any(run.iterdir()):
@@ -305,8 +306,8 @@ def save_result(run: pathlib.Path, cfg, source, model: Model, plan: lora.Plan | 
 def split(cfg, model: Model, plan: lora.Plan | None, base, devices, keep_reference: bool):
     """(trainable, frozen, params_of): LoRA factors beside the base, or in full fine-tuning every weight.
 
-    `params_of(trainable, frozen, rng)` is the parameter tree of a forward pass; `rng` turns on training's noise.
-    """
+    `params_of(trainable, frozen, rng)` is the parameter tree of a forward pass; `rng` turns on training's
+    noise."""
 
     def noisy(params, rng):
         if rng is None or not cfg.train.neftune_alpha:
@@ -331,7 +332,8 @@ def split(cfg, model: Model, plan: lora.Plan | None, base, devices, keep_referen
 
 
 def pin(path: pathlib.Path, facts: dict[str, Any], key: str, what: str) -> None:
-    """Write `facts` for later verbs, and for a resumed run: UserError where it finds another facts[key] there."""
+    """Write `facts` for later verbs, and for a resumed run: UserError where it finds another facts[key]
+    there."""
     if path.exists() and json.loads(path.read_text()).get(key) != facts[key]:
         raise UserError(
             f"{what} changed since this run began, so it cannot go on as it was: choose another output, or "
