@@ -117,3 +117,32 @@ def test_what_is_missing_or_changed(made, run, tmp_path):
     shutil.rmtree(run / "adapter")
     with pytest.raises(UserError, match="neither adapter/ nor model/"):
         export.main([str(run), "--for", "hf", "--base", str(root / "base")])
+
+
+def test_of_a_checkpoint(tmp_path, capsys):
+    """A real run of a few steps: its adapter is that of the last checkpoint; an earlier one is another."""
+    from pathlib import Path
+
+    from ftjax import cli
+
+    model = Path(__file__).parent / "assets" / "tiny_model"
+    messages = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "ran and saw"}]
+    (tmp_path / "train.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 8)
+    run = tmp_path / "run"
+    settings = dict(
+        model=model, output=run, lora="{r: 2}", checkpoint="{every: 2}", mesh="{fsdp: 4, tp: 2}",
+        train="{max_steps: 4, batch_size: 4, dtype: float32}", report="{tensorboard: false}",
+        data=f"{{train: {tmp_path / 'train.jsonl'}, max_length: 64, cache_dir: {tmp_path / 'cache'}}}",
+    )  # fmt: skip
+    assert cli.main(["sft", *(f"{k}={v}" for k, v in settings.items())]) == 0
+    files = {}
+    for which in ("last", "2", "4"):
+        out = tmp_path / which
+        argv = ["export", str(run), "--for", "peft", "--checkpoint", which, "--output", str(out)]
+        assert cli.main(argv) == 0
+        files[which] = (out / peft.WEIGHTS).read_bytes()
+    assert files["last"] == files["4"] == (run / "adapter" / peft.WEIGHTS).read_bytes() != files["2"]
+    capsys.readouterr()
+    for which, said in (("3", "there are: best, last, 2, 4"), ("best", "no evaluation chose a best")):
+        assert cli.main(["export", str(run), "--for", "hf", "--checkpoint", which]) == 2
+        assert said in capsys.readouterr().err
