@@ -16,7 +16,7 @@ from flax import struct
 from ftjax.errors import UserError
 
 # loss_fn(trainable, frozen, microbatch) -> (summed loss, sums); sums["weight"] is the denominator
-LossFn = Callable[[Any, Any, dict[str, jax.Array]], tuple[jax.Array, dict[str, jax.Array]]]
+LossFn = Callable[[Any, Any, dict[str, Any]], tuple[Any, dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,9 +218,9 @@ def fit(
             names = documents(at)
             shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
             raise NonFinite(
-                f"step {at + 1}: the loss is {values['loss']} (gradient norm {values['grad_norm']}). The state "
-                f"before it is saved at step {at}. Its batch held: {shown}. A smaller learning rate or float32 "
-                "usually helps; look at those documents first"
+                f"step {at + 1}: the loss is {values['loss']} (gradient norm {values['grad_norm']}). The "
+                f"state before it is saved at step {at}. Its batch held: {shown}. Look at those documents "
+                "first; a smaller learning rate or float32 usually helps"
             )
         report(at + 1, values | {"seconds": seconds})
 

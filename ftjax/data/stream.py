@@ -85,6 +85,9 @@ class StreamLoader:
                 yield self._batch(rows)
             step, rows = step + 1, []
 
+    def steps(self, epochs: float) -> int:
+        raise UserError("data.streaming: the length of the data is not known: set train.max_steps")
+
     def documents(self, step: int) -> list[str]:
         """The "file:line" of this host's documents in a recent step; empty for one long past."""
         return self._where.get(step, [])

@@ -4,7 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
+from flax.linen import spmd
 
 from ftjax.errors import UserError
 
@@ -65,4 +65,4 @@ def rope(x_BTNH, table):
 
 def shard(x, axes: str):
     """Constrain an activation to the mesh axes that the active logical-axis rules give its letters."""
-    return nn.with_logical_constraint(x, tuple(axes))
+    return spmd.with_logical_constraint(x, tuple(axes))

@@ -2,6 +2,7 @@
 
 import functools
 import string
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +29,7 @@ def _product_bwd(eqn, dtype, residuals, g):
     x, w = residuals
     (x_axes, w_axes), y_axes = eqn.split("->")[0].split(","), eqn.split("->")[1]
     g = g.astype(x.dtype)
-    dx = jnp.einsum(
-        f"{y_axes},{w_axes}->{x_axes}", g, w.astype(x.dtype), preferred_element_type=jnp.float32
-    )
+    dx = jnp.einsum(f"{y_axes},{w_axes}->{x_axes}", g, w.astype(x.dtype), preferred_element_type=jnp.float32)
     dw = jnp.einsum(f"{x_axes},{y_axes}->{w_axes}", x, g, preferred_element_type=jnp.float32)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
@@ -49,8 +48,9 @@ def einsum(eqn: str, x, w, dtype=None):
     outs = "".join(c for c in w_axes if c not in x_axes)
     rank = next(c for c in "R" + string.ascii_lowercase if c not in eqn)
     h_axes = "".join(c for c in x_axes if c not in ins) + rank
-    h = product(f"{x_axes},{ins}{rank}->{h_axes}", dropout(x, w), w.a, jnp.float32) * w.scale
-    delta = product(f"{h_axes},{rank}{outs}->{y_axes}", h.astype(x.dtype), w.b, jnp.float32)
+    h: Any = product(f"{x_axes},{ins}{rank}->{h_axes}", dropout(x, w), w.a, jnp.float32)
+    h = (h * w.scale).astype(x.dtype)
+    delta: Any = product(f"{h_axes},{rank}{outs}->{y_axes}", h, w.b, jnp.float32)
     return (einsum(eqn, x, w.base, jnp.float32) + delta).astype(dtype or x.dtype)  # rounded once
 
 

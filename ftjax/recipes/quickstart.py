@@ -145,7 +145,7 @@ def main(argv: list[str]) -> int:
             base=source.source,
             library="transformers",
             data={"train": "ftjax quickstart, train split", "rows": len(task.rows("train"))},
-            settings=dict(s.split("=", 1) for s in SETTINGS),
+            settings={key: value for key, _, value in (s.partition("=") for s in SETTINGS)},
             scores={f"exact match: {arm.name}": arm.cells()[0]["text"] for arm in arms},
         ),
         check=probe,

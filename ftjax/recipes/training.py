@@ -218,25 +218,28 @@ def _train(run: pathlib.Path, cfg, make_loss, preference: bool, devices) -> path
 
 def open_data(run: pathlib.Path, cfg, tokenizer, preference: bool):
     """(training loader, evaluation loader or None, what became of each source's examples)."""
-    hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    cut = dict(batch_size=cfg.train.batch_size, microbatches=cfg.train.microbatches, seed=cfg.seed)
+    cut: dict[str, Any] = dict(
+        batch_size=cfg.train.batch_size,
+        microbatches=cfg.train.microbatches,
+        seed=cfg.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
     found = dataset.load(cfg.data, tokenizer)
     if cfg.data.streaming:
-        data = StreamLoader(cfg.data, tokenizer, renderer=found.renderer, **cut, **hosts)
-        if cfg.train.max_steps is None:
-            raise UserError("data.streaming: how long the data is is not known; set train.max_steps")
+        data = StreamLoader(cfg.data, tokenizer, renderer=found.renderer, **cut)
     else:
         assert found.train is not None
         if (found.train.documents_per_unit == 2) != preference:
             kind = "preference pairs" if not preference else "no preference pairs"
             want = "pairs of a chosen and a rejected answer" if preference else "conversations or text"
             raise UserError(f"data.train holds {kind}; ftjax {cfg.recipe} trains on {want}")
-        data = Loader(found.train, cfg.data, **cut, **hosts)
+        data = Loader(found.train, cfg.data, **cut)
         facts = {"source": data_sources(cfg.data.train), "fingerprint": found.train.fingerprint()}
         pin(run / "data.json", facts, "fingerprint", "the training data")
     eval_data = None
     if found.eval is not None:
-        eval_data = Loader(found.eval, cfg.data, train=False, **cut, **hosts)
+        eval_data = Loader(found.eval, cfg.data, train=False, **cut)
     return data, eval_data, found.reports
 
 
