@@ -218,9 +218,9 @@ class Peft:
         config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
         self.model = get_peft_model(base, config).train()
         self.params = {
-            name.replace("base_model.model.", "").replace(".lora_A.default.weight", ".A").replace(
-                ".lora_B.default.weight", ".B"
-            ): p
+            name.replace("base_model.model.", "")
+            .replace(".lora_A.default.weight", ".A")
+            .replace(".lora_B.default.weight", ".B"): p
             for name, p in self.model.named_parameters()
             if p.requires_grad
         }
@@ -431,6 +431,7 @@ def ratios(steps, ours, peers) -> list[str]:
     paired = [
         min(steps[n][i]["wall"] for n in peers) / min(steps[n][i]["wall"] for n in ours) for i in rounds
     ]
+
     def ratio(key, of):
         return f"{best(peers, key, of) / best(ours, key, of):.2f}×"
 

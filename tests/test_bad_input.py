@@ -53,7 +53,8 @@ def test_missing_file_suggests_the_nearest(fails):
 
 def test_empty_file(fails, folder):
     write(folder / "empty.jsonl", [])
-    assert "empty.jsonl" in (said := fails("data.train=empty.jsonl")) and "empty" in said.replace("empty.jsonl", "")
+    said = fails("data.train=empty.jsonl")
+    assert "empty.jsonl" in said and "empty" in said.replace("empty.jsonl", "")
 
 
 def test_broken_json_names_the_line(fails, folder):
@@ -67,7 +68,8 @@ def test_mixed_formats_name_the_first_that_differs(fails, folder):
 
 
 @pytest.mark.parametrize(
-    "messages", [[{"role": "user", "content": "hi"}], [GOOD["messages"][0], {"role": "assistant", "content": ""}]]
+    "messages",
+    [[{"role": "user", "content": "hi"}], [GOOD["messages"][0], {"role": "assistant", "content": ""}]],
 )
 def test_nothing_to_train(fails, folder, messages):
     write(folder / "none.jsonl", [GOOD, {"messages": messages}])

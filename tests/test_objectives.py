@@ -36,7 +36,7 @@ def test_dpo_equals_trl_formula(smoothing):
 
 
 def test_dpo_on_packed_rows_equals_torch_on_single_documents():
-    """The whole loss: our packed forward against log-probabilities of each document alone, summed by torch."""
+    """The whole loss: our packed forward against each document alone, summed by torch."""
     model, base = tiny.model(), tiny.base()
     adapters = tiny.adapters(PLAN, model.table)
     rows = [tiny.documents(4, 5), tiny.documents(2, 6)]

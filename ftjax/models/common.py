@@ -174,7 +174,7 @@ def scan_layers(block: type[nn.Module], options: RunOptions, length: int):
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(0, nn.broadcast, nn.broadcast),
+        in_axes=(0, nn.broadcast, nn.broadcast),  # type: ignore[arg-type]
         length=length,
         unroll=length if options.unroll is True else int(options.unroll),
     )
@@ -198,7 +198,7 @@ class Model:
     ) -> tuple[Any, Any, dict]:
         module = self.module_type(self.config, self.table, self.options)  # type: ignore[call-arg]
         # type: ignore[return-value]
-        return module.apply({"params": params}, tokens_BT, positions_BT, segments_BT, cache)
+        return module.apply({"params": params}, tokens_BT, positions_BT, segments_BT, cache)  # type: ignore
 
     @property
     def head_path(self) -> str:

@@ -1,6 +1,7 @@
 """Preference tuning: losses on the log-probabilities of a chosen and a rejected answer to one prompt."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ def pair_logprobs(model: Model, params, batch, *, chunk: int, frozen_head: bool)
     """
     hidden_BTD, _, _ = model(params, batch["tokens"], batch["positions"], batch["segments"])
     targets_BT, weight_BT = next_token(batch)
-    logp_BT = linear_logprobs(
+    logp_BT: Any = linear_logprobs(
         model.unembed, model.head(params), hidden_BTD, targets_BT, weight_BT, chunk, frozen_head
     )
     B, P = batch["pairs"].shape

@@ -37,7 +37,7 @@ def _product_bwd(eqn, dtype, residuals, g):
 product.defvjp(_product_fwd, _product_bwd)
 
 
-def einsum(eqn: str, x, w, dtype=None):
+def einsum(eqn: str, x, w, dtype=None) -> Any:
     """`product(eqn, x, w)` where `w` may be any leaf type. For a LoraWeight, a·b is never formed."""
     if isinstance(w, NoisyEmbedding):
         return einsum(eqn, x, w.base, dtype)
