@@ -3,13 +3,13 @@ logits."""
 
 import argparse
 import contextlib
-import json
 from pathlib import Path
 
 import numpy as np
 
 from ftjax import hf, lora, models, peft
 from ftjax.errors import UserError
+from ftjax.recipes import card
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -140,7 +140,7 @@ def export_adapter(run: Path, output: Path, source: hf.Source, model, adapter, a
             hf.write_json(folder / "ftjax.json", {"base": hf.describe(source)})
             show(saved, "the dequantised base")
         base_name = str(folder.absolute())
-    card = make_card(run, base_name or source.source, "peft")
+    readme = card.of_run(run, base_name or source.source, "peft")
     folder = peft.save(
         output,
         plan,
@@ -151,7 +151,7 @@ def export_adapter(run: Path, output: Path, source: hf.Source, model, adapter, a
         base_name=base_name,
         portable=args.portable,
         chat_template=chat_template(run / "adapter"),
-        card=card,
+        card=readme,
         overwrite=args.overwrite,
     )
     print(
@@ -177,7 +177,7 @@ def export_merged(run: Path, output: Path, source: hf.Source, model, adapter, ar
         max_shard_bytes=int(args.max_shard_gb * 1e9),
         chat_template=chat_template(run / "adapter"),
         stop_ids=[] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id],
-        card=make_card(run, source.source, "transformers"),
+        card=card.of_run(run, source.source, "transformers"),
         check=check,
         overwrite=args.overwrite,
     )
@@ -200,7 +200,7 @@ def export_full(run: Path, output: Path, args) -> None:
         dtype=args.dtype,
         max_shard_bytes=int(args.max_shard_gb * 1e9),
         chat_template=chat_template(run / "model"),
-        card=make_card(run, hf.read_json(run / "base.json")["source"], "transformers"),
+        card=card.of_run(run, hf.read_json(run / "base.json")["source"], "transformers"),
         check=hf.probe(model, hf.load_params(source, model), tokenizer),
         overwrite=args.overwrite,
     )
@@ -211,35 +211,6 @@ def chat_template(folder: Path) -> str | None:
     """The template that the run used, where it is not the tokenizer's own."""
     path = folder / "chat_template.jinja"
     return path.read_text(encoding="utf-8") if path.is_file() else None
-
-
-def make_card(run: Path, base: str, library: str) -> str:
-    """A model card from what the run folder tells: config.yaml, and scores.json if an evaluation wrote
-    one."""
-    import yaml
-
-    path = run / "config.yaml"
-    values = (yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
-    settings = {
-        f"{part}.{key}": value
-        for part in ("lora", "optim", "train")
-        for key, value in (values.get(part) or {}).items()
-        if value not in (None, [], {})
-    }
-    data = values.get("data") or {}
-    scores = run / "scores.json"
-    return hf.model_card(
-        name=run.resolve().name,
-        base=base,
-        library=library,
-        data={
-            k: json.dumps(data[k]) if not isinstance(data[k], str) else data[k]
-            for k in ("train",)
-            if k in data
-        },
-        settings=settings,
-        scores=hf.read_json(scores) if scores.is_file() else None,
-    )
 
 
 def show(saved: hf.Saved, what: str) -> None:

@@ -17,7 +17,7 @@ from ftjax.errors import UserError
 from ftjax.evaluate import statistics
 from ftjax.quickstart import model as embedded
 from ftjax.quickstart import task
-from ftjax.recipes import sft, training
+from ftjax.recipes import card, sft, training
 
 MAX_NEW_TOKENS = 64  # the longest answer has 22; the base writes its JSON with more space
 
@@ -81,6 +81,7 @@ SETTINGS = (
     "train.batch_size=1",
     "train.dtype=bfloat16",
     "train.unroll=true",
+    "train.loss_chunk=64",
     "lora.r=16",
     "lora.lora_alpha=32",
     "optim.lr=2e-3",
@@ -140,14 +141,7 @@ def main(argv: list[str]) -> int:
         plan=plan,
         adapters=adapters,
         stop_ids=eos,
-        card=hf.model_card(
-            name=run.name,
-            base=source.source,
-            library="transformers",
-            data={"train": "ftjax quickstart, train split", "rows": len(task.rows("train"))},
-            settings={key: value for key, _, value in (s.partition("=") for s in SETTINGS)},
-            scores={f"exact match: {arm.name}": arm.cells()[0]["text"] for arm in arms},
-        ),
+        card=card.of_run(run, source.source, "transformers"),
         check=probe,
         overwrite=True,
     )

@@ -20,6 +20,7 @@ from ftjax.data.loader import Loader
 from ftjax.data.stream import StreamLoader
 from ftjax.errors import UserError
 from ftjax.models import Model
+from ftjax.recipes import card
 
 # A change of these changes nothing that a run computes, so it goes on with the new value.
 FREE_KEYS = ("report", "checkpoint", "data.cache_dir")
@@ -264,23 +265,7 @@ def save_result(run: pathlib.Path, cfg, source, model: Model, plan: lora.Plan | 
     """RUN/adapter in PEFT's format, or in full fine-tuning RUN/model in Hugging Face's."""
     template = cfg.data.chat_template
     text = pathlib.Path(template).read_text() if template and template != "none" else None
-    values = config.resolved(cfg)
-    settings = {
-        f"{part}.{key}": v
-        for part in ("lora", "optim", "train")
-        for key, v in (values.get(part) or {}).items()
-        if v not in (None, [], {})
-    }
-    card = hf.model_card(
-        name=run.name,
-        base=source.source,
-        library="peft" if plan else "transformers",
-        data={
-            "train": ", ".join(data_sources(cfg.data.train)),
-            "rows up to": f"{cfg.data.max_length} tokens",
-        },
-        settings=settings,
-    )
+    readme = card.of_run(run, source.source, "peft" if plan else "transformers")
     if plan:
         peft.save(
             run / "adapter",
@@ -290,7 +275,7 @@ def save_result(run: pathlib.Path, cfg, source, model: Model, plan: lora.Plan | 
             model.table,
             source,
             chat_template=text,
-            card=card,
+            card=readme,
             overwrite=True,
         )
     else:
@@ -300,7 +285,7 @@ def save_result(run: pathlib.Path, cfg, source, model: Model, plan: lora.Plan | 
             trainable,
             source,
             chat_template=text,
-            card=card,
+            card=readme,
             check=hf.probe(model, trainable),
             overwrite=True,
         )

@@ -1,0 +1,42 @@
+"""The model card of a run, from what its folder tells."""
+
+import json
+import pathlib
+
+import yaml
+
+from ftjax import hf
+
+
+def of_run(run: pathlib.Path, base: str, library: str) -> str:
+    """README.md for a tuned model or adapter: settings from config.yaml, scores from scores.json if there.
+
+    `library` is "transformers" or "peft".
+    """
+    path = run / "config.yaml"
+    values = (yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
+    train = (values.get("data") or {}).get("train")
+    settings = {
+        f"{part}.{key}": value
+        for part in ("lora", "optim", "train")
+        for key, value in (values.get(part) or {}).items()
+        if value not in (None, [], {})
+    }
+    return hf.model_card(
+        name=run.resolve().name,
+        base=base,
+        library=library,
+        data={"train": train if isinstance(train, str) else json.dumps(train)} if train else None,
+        settings=settings,
+        scores=_scores(run / "scores.json"),
+    )
+
+
+def _scores(path: pathlib.Path) -> dict[str, str] | None:
+    """{row: its first score} of the report's table of scores."""
+    if not path.is_file():
+        return None
+    table = json.loads(path.read_text())
+    column = table["columns"][1]
+    cells = {row["name"]: row["cells"][0] for row in table["rows"]}
+    return {f"{column}: {name}": c["text"] if isinstance(c, dict) else str(c) for name, c in cells.items()}
