@@ -1,10 +1,15 @@
 """Settings of this process on its host."""
 
 import ctypes
+import gc
 import os
 
 # mallopt's parameters, from glibc's malloc.h
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
+
+
+def _is_glibc() -> bool:
+    return "CS_GNU_LIBC_VERSION" in getattr(os, "confstr_names", {})
 
 
 def keep_freed_memory() -> bool:
@@ -14,8 +19,15 @@ def keep_freed_memory() -> bool:
     the kernel and gives them back at once, so every step pays for its pages again: a quarter of the CPU time
     of a SmolLM2-135M step. Call it before jax starts its threads: those that have an arena keep it.
     """
-    if "CS_GNU_LIBC_VERSION" not in getattr(os, "confstr_names", {}):
+    if not _is_glibc():
         return False
     mallopt = ctypes.CDLL(None).mallopt
     settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 64 << 20, M_ARENA_MAX: 1}
     return all([mallopt(key, value) == 1 for key, value in settings.items()])
+
+
+def return_freed_memory() -> None:
+    """Give the system what was freed and kept: between phases of a program that need different arrays."""
+    gc.collect()
+    if _is_glibc():
+        ctypes.CDLL(None).malloc_trim(0)

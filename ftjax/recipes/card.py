@@ -37,6 +37,6 @@ def _scores(path: pathlib.Path) -> dict[str, str] | None:
     if not path.is_file():
         return None
     table = json.loads(path.read_text())
-    column = table["columns"][1]
+    column = table["columns"][0]
     cells = {row["name"]: row["cells"][0] for row in table["rows"]}
     return {f"{column}: {name}": c["text"] if isinstance(c, dict) else str(c) for name, c in cells.items()}

@@ -12,7 +12,7 @@ import time
 from rich.console import Console
 from rich.table import Table
 
-from ftjax import config, generate, hf, lora, models, peft, report
+from ftjax import config, generate, hf, host, lora, models, peft, report
 from ftjax.errors import UserError
 from ftjax.evaluate import statistics
 from ftjax.quickstart import model as embedded
@@ -23,7 +23,7 @@ MAX_NEW_TOKENS = 64  # the longest answer has 22; the base writes its JSON with 
 
 BATCH = 30  # prompts answered at once: more would not fit 4 GiB with the few-shot prompt's cache
 
-COLUMNS = ("", "exact match", "valid JSON", "prompt tokens", "time a message")
+COLUMNS = ("exact match", "valid JSON", "prompt tokens", "time a message")
 
 
 @dataclasses.dataclass
@@ -114,10 +114,12 @@ def main(argv: list[str]) -> int:
     instructed = answers("base, instruction", base, task.instruction_prompt)
     before = answers(few_shot, base, lambda message: task.few_shot_prompt(message, examples))
     del base  # training loads its own
+    host.return_freed_memory()
 
     console.print("[bold]2/4[/] tuning")
     run = training.start(cfg, sft.make_loss, overwrite=args.overwrite)
 
+    host.return_freed_memory()
     console.print("[bold]3/4[/] the tuned model, with a one-word prompt")
     _, plan, adapters = peft.load(run / "adapter", model)
     attached = lora.attach(hf.load_params(source, model, dtype=dtype), adapters, plan)
@@ -195,8 +197,9 @@ def conclude(before: Arm, after: Arm, k: int) -> list[str]:
 
 def table(arms: list[Arm], best: Arm) -> Table:
     out = Table(box=None, header_style="dim", pad_edge=False)
+    out.add_column("")
     for i, column in enumerate(COLUMNS):
-        out.add_column(column, justify="left" if i < 3 else "right")
+        out.add_column(column, justify="left" if i < 2 else "right")
     for arm in arms:
         cells = [c["text"] if isinstance(c, dict) else c for c in arm.cells()]
         out.add_row(arm.name, *cells, style="bold" if arm is best else "")
