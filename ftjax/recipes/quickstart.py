@@ -21,7 +21,7 @@ from ftjax.recipes import card, sft, training
 
 MAX_NEW_TOKENS = 64  # the longest answer has 22; the base writes its JSON with more space
 
-BATCH = 30  # prompts answered at once: more would not fit 4 GiB with the few-shot prompt's cache
+BATCH = 24  # prompts answered at once: more would not fit 4 GiB with the few-shot prompt's cache
 
 COLUMNS = ("exact match", "valid JSON", "prompt tokens", "time a message")
 
