@@ -136,7 +136,7 @@ def _header(name: str, info: Mapping, summary: Mapping | None, lines: chart.Curv
     figures = []
     if lines.train.x:
         first, last = lines.smooth.y[0], lines.smooth.y[-1]
-        figures.append((f"{first:.3g} → {last:.3g}", "training loss, smoothed"))
+        figures.append((f"{first:.2g} → {last:.2g}", "training loss, smoothed"))
     if lines.eval.x:
         best = min(range(len(lines.eval.y)), key=lines.eval.y.__getitem__)
         figures.append((f"{lines.eval.y[best]:.4g}", f"best eval loss, step {lines.eval.x[best]:g}"))
