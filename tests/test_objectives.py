@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import tiny
 
-from ftjax import lora
+from ftjax import lora, weights
 from ftjax.objectives.preference import dpo_loss, dpo_sigmoid
-from ftjax.objectives.sft import next_token
+from ftjax.objectives.sft import next_token, sft_loss
 
 torch = pytest.importorskip("torch", reason="the reference is PyTorch")
 PLAN = lora.plan(lora.LoraConfig(r=4, lora_alpha=8), tiny.model().table)
@@ -81,3 +81,45 @@ def test_next_token_never_crosses_documents():
     segments = batch["segments"][0]
     starts = np.flatnonzero(np.diff(segments, prepend=0) > 0)
     assert not np.any(np.asarray(weight)[0, starts[1:] - 1])
+
+
+@pytest.mark.parametrize("kind", ["every weight, NEFTune, tied", "an adapted head with dropout"])
+def test_noise_beside_the_head_has_gradients(kind):
+    """Random keys in the tree that the head is taken from, and NEFTune's noise not in the logits."""
+    batch = {k: v[0] for k, v in tiny.pack([tiny.documents(3, 5)], 48).items()} | {"rng": jax.random.key(1)}
+    if kind == "an adapted head with dropout":
+        model = tiny.model(tie_word_embeddings=False)
+        frozen = weights.init(jax.random.key(0), model.table)
+        plan = lora.plan(lora.LoraConfig(r=4, target_modules=["q_proj", "lm_head"]), model.table)
+        trainable = tiny.adapters(plan, model.table)
+
+        def params_of(trainable, frozen, rng):
+            return lora.attach(frozen, trainable, plan, rng=rng, dropout=0.3)
+    else:
+        model, trainable, frozen = tiny.model(), tiny.base(), {}
+
+        def params_of(trainable, frozen, rng):
+            return trainable | {"embed": weights.NoisyEmbedding(trainable["embed"], rng, 5.0)}
+
+    loss_fn = sft_loss(model, params_of, chunk=48, frozen_head=False)
+
+    def dense(trainable):
+        params = params_of(trainable, frozen, batch["rng"])
+        hidden, _, _ = model(params, batch["tokens"], batch["positions"], batch["segments"])
+        targets, weight = next_token(batch)
+        order = jnp.argsort(weight == 0, axis=1, stable=True)
+        hidden, targets, weight = (
+            jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), 1)
+            for x in (hidden, targets, weight)
+        )
+        head = params[model.head_path]
+        if isinstance(head, weights.LoraWeight):
+            head = head.replace(rng=jax.random.fold_in(head.rng, 0))
+        else:
+            head = trainable["embed"]
+        logp = jax.nn.log_softmax(model.unembed(head, hidden))
+        return -jnp.sum(jnp.take_along_axis(logp, targets[..., None], -1)[..., 0] * weight)
+
+    got = jax.jit(jax.value_and_grad(lambda t: loss_fn(t, frozen, batch)[0]))(trainable)
+    want = jax.jit(jax.value_and_grad(dense))(trainable)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), got, want)

@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax import struct
 
 from ftjax.errors import UserError
-from ftjax.weights import Table, flatten
+from ftjax.weights import NoisyEmbedding, Table, flatten
 
 # Keys of config.json that change nothing a forward pass computes.
 IGNORED = frozenset(
@@ -205,8 +205,10 @@ class Model:
         return "embed" if self.config.tie_word_embeddings else "lm_head"
 
     def head(self, params):
-        """The leaf that `unembed` takes: the embedding table itself where the two are tied."""
-        return params[self.head_path]
+        """The leaf that `unembed` takes: where the two are tied the embedding table itself, without its
+        look-ups' noise."""
+        head = params[self.head_path]
+        return head.base if isinstance(head, NoisyEmbedding) else head
 
     def unembed(self, head, hidden):
         return self.module_type.unembed(self.config, head, hidden)  # type: ignore[attr-defined]

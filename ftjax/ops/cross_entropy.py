@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ftjax.weights import LoraWeight
+
 Unembed = Callable[[Any, jax.Array], jax.Array]  # (head leaf, [..., D]) -> float32 logits [..., V]
 
 
@@ -46,6 +48,33 @@ def _slice(x, i, chunk: int):
     return jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=1)
 
 
+def _trained(head, frozen_head: bool):
+    """The arrays of the head that get a gradient: of a frozen one none, of an adapted one its factors."""
+    if frozen_head:
+        return None
+    return (head.a, head.b) if isinstance(head, LoraWeight) else head
+
+
+def _put(head, trained, i=None):
+    """The head with `trained` in place; for chunk i, with dropout's key for that chunk."""
+    if not isinstance(head, LoraWeight):
+        return head if trained is None else trained
+    if trained is not None:
+        head = head.replace(a=trained[0], b=trained[1])
+    return head if i is None or head.rng is None else head.replace(rng=jax.random.fold_in(head.rng, i))
+
+
+def _cotangent(head, d_trained, g=1.0):
+    """A custom_vjp's cotangent of the head; None stands for zeros, whatever the leaf's dtype."""
+    if d_trained is None:
+        return None
+    trained = _trained(head, False)
+    d_trained = jax.tree.map(lambda x, w: (x * g).astype(w.dtype), d_trained, trained)
+    if isinstance(head, LoraWeight):
+        return head.replace(base=None, scale=None, rng=None, a=d_trained[0], b=d_trained[1])
+    return d_trained
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5, 6))
 def linear_cross_entropy(
     unembed: Unembed, head, hidden_BTD, targets_BT, weight_BT, chunk: int, frozen_head: bool
@@ -53,22 +82,27 @@ def linear_cross_entropy(
     """Sum of weight · (-log p(target)) over [B, T], float32 scalar; hidden state t predicts target t.
 
     The gradient is formed in the forward pass, a chunk of `chunk` positions of every row at a time, so the
-    head's product is never recomputed; with `frozen_head` no gradient of the head is formed at all.
+    head's product is never recomputed; with `frozen_head` no gradient of the head is formed at all, and of a
+    LoraWeight that of its factors only. Dropout in the head draws a mask for each chunk.
     """
     return _cross_entropy_fwd(unembed, head, hidden_BTD, targets_BT, weight_BT, chunk, frozen_head)[0]
 
 
 def _cross_entropy_fwd(unembed, head, hidden_BTD, targets_BT, weight_BT, chunk, frozen_head):
-    chunk = min(chunk, hidden_BTD.shape[1])
-    order, inverse, longest = _compact(weight_BT)
-    hidden, targets, weight = (_chunked(_take(x, order), chunk) for x in (hidden_BTD, targets_BT, weight_BT))
+    return _loss_and_grads(unembed, head, hidden_BTD, targets_BT, weight_BT, weight_BT, chunk, frozen_head)
 
-    def loss_and_grads(hidden_BXD, targets_BX, weight_BX):
+
+def _loss_and_grads(unembed, head, hidden_BTD, targets_BT, weight_BT, mask_BT, chunk, frozen_head):
+    """The loss and the residuals of its backward pass; `mask` says which positions are taken, in chunks that
+    do not change with `weight`."""
+    chunk = min(chunk, hidden_BTD.shape[1])
+    order, inverse, longest = _compact(mask_BT)
+    hidden, targets, weight = (_chunked(_take(x, order), chunk) for x in (hidden_BTD, targets_BT, weight_BT))
+    trained = _trained(head, frozen_head)
+
+    def one_chunk(i, hidden_BXD, targets_BX, weight_BX):
         # The softmax's gradient is written out: autodiff keeps and scatters into arrays of the logits' size.
-        if frozen_head:
-            logits_BXV, pull = jax.vjp(lambda x: unembed(head, x), hidden_BXD)
-        else:
-            logits_BXV, pull = jax.vjp(unembed, head, hidden_BXD)
+        logits_BXV, pull = jax.vjp(lambda w, x: unembed(_put(head, w, i), x), trained, hidden_BXD)
         lse_BX, gold_BX = _lse_and_gold(logits_BXV, targets_BX)
         probs_BXV = jnp.exp(logits_BXV - lse_BX[..., None])
         is_target = jnp.arange(logits_BXV.shape[-1]) == targets_BX[..., None]
@@ -76,26 +110,23 @@ def _cross_entropy_fwd(unembed, head, hidden_BTD, targets_BT, weight_BT, chunk, 
         return jnp.sum((lse_BX - gold_BX) * weight_BX), grads
 
     def body(i, carry):
-        total, d_hidden, d_head = carry
-        piece = tuple(_slice(x, i, chunk) for x in (hidden, targets, weight))
-        loss, (*dw, dx) = loss_and_grads(*piece)
-        if not frozen_head:
-            d_head = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), d_head, dw[0])
+        total, d_hidden, d_trained = carry
+        loss, (dw, dx) = one_chunk(i, *(_slice(x, i, chunk) for x in (hidden, targets, weight)))
+        d_trained = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), d_trained, dw)
         d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, dx.astype(d_hidden.dtype), i * chunk, axis=1)
-        return total + loss, d_hidden, d_head
+        return total + loss, d_hidden, d_trained
 
-    zero_head = None if frozen_head else jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head)
-    start = jnp.float32(0), jnp.zeros_like(hidden), zero_head
-    total, d_hidden, d_head = jax.lax.fori_loop(0, (longest + chunk - 1) // chunk, body, start)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trained)
+    start = jnp.float32(0), jnp.zeros_like(hidden), zeros
+    total, d_hidden, d_trained = jax.lax.fori_loop(0, (longest + chunk - 1) // chunk, body, start)
     d_hidden_BTD = _take(d_hidden[:, : hidden_BTD.shape[1]], inverse)
-    return total, (d_hidden_BTD, d_head, head)
+    return total, (d_hidden_BTD, d_trained, head)
 
 
 def _cross_entropy_bwd(unembed, chunk, frozen_head, residuals, g):
-    d_hidden, d_head, head = residuals
-    if d_head is not None:
-        d_head = jax.tree.map(lambda x, w: (x * g).astype(w.dtype), d_head, head)
-    return d_head, (d_hidden * g.astype(d_hidden.dtype)).astype(d_hidden.dtype), None, None
+    d_hidden, d_trained, head = residuals
+    d_hidden = (d_hidden * g.astype(d_hidden.dtype)).astype(d_hidden.dtype)
+    return _cotangent(head, d_trained, g), d_hidden, None, None
 
 
 linear_cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
@@ -118,7 +149,8 @@ def _logprobs_fwd(unembed, head, hidden_BTD, targets_BT, mask_BT, chunk, frozen_
     hidden, targets = (_chunked(_take(x, order), size) for x in (hidden_BTD, targets_BT))
 
     def body(i, out):
-        nll = token_nll(unembed, head, _slice(hidden, i, size), _slice(targets, i, size))
+        piece = _slice(hidden, i, size), _slice(targets, i, size)
+        nll = token_nll(unembed, _put(head, None, i), *piece)
         return jax.lax.dynamic_update_slice_in_dim(out, -nll, i * size, axis=1)
 
     out = jnp.zeros(targets.shape, jnp.float32)
@@ -130,12 +162,10 @@ def _logprobs_fwd(unembed, head, hidden_BTD, targets_BT, mask_BT, chunk, frozen_
 def _logprobs_bwd(unembed, chunk, frozen_head, residuals, g_BT):
     head, hidden_BTD, targets_BT, mask_BT = residuals
     weight_BT = jnp.where(mask_BT != 0, -g_BT, 0.0)
-    _, (d_hidden, d_head, _) = _cross_entropy_fwd(
-        unembed, head, hidden_BTD, targets_BT, weight_BT, chunk, frozen_head
+    _, (d_hidden, d_trained, _) = _loss_and_grads(
+        unembed, head, hidden_BTD, targets_BT, weight_BT, mask_BT, chunk, frozen_head
     )
-    if d_head is not None:
-        d_head = jax.tree.map(lambda x, w: x.astype(w.dtype), d_head, head)
-    return d_head, d_hidden, None, None
+    return _cotangent(head, d_trained), d_hidden, None, None
 
 
 linear_logprobs.defvjp(_logprobs_fwd, _logprobs_bwd)

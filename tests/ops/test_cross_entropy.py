@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ftjax.ops import einsum, linear_cross_entropy, linear_logprobs
+from ftjax.weights import LoraWeight
 
 pytestmark = pytest.mark.fast
 B, T, D, V = 3, 11, 5, 17
@@ -114,6 +115,79 @@ def test_logprobs(kind, chunk):
 
     frozen = jax.grad(loss, 2)(with_frozen_head, head, hidden)
     np.testing.assert_allclose(frozen, want[1], rtol=1e-5, atol=3e-6)
+
+
+def adapted_logprobs(head, hidden, targets, mask, chunk):
+    """Dense, the head's dropout drawn for each chunk of the positions that count."""
+    order = np.argsort(np.asarray(mask) == 0, axis=1, kind="stable")
+    back = np.argsort(order, axis=1)
+    x = jnp.take_along_axis(hidden, jnp.asarray(order)[..., None], 1)
+    size = min(chunk, T)
+    x = jnp.pad(x, ((0, 0), (0, -T % size), (0, 0)))
+    logits = []
+    for i in range(x.shape[1] // size):
+        piece, keep = x[:, i * size : (i + 1) * size], 1.0
+        if head.rng is not None:
+            key = jax.random.fold_in(head.rng, i)
+            keep = jax.random.bernoulli(key, 1 - head.dropout, piece.shape) / (1 - head.dropout)
+        low = ((piece * keep) @ head.a) @ head.b
+        logits.append(piece @ head.base.T + low * head.scale)
+    logp = jax.nn.log_softmax(jnp.take_along_axis(jnp.concatenate(logits, 1), back[..., None], 1))
+    return jnp.take_along_axis(logp, targets[..., None], -1)[..., 0]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("kind,chunk", [("all", 4), ("some", 3), ("some", 256)])
+def test_an_adapted_head(kind, chunk, dropout):
+    """The factors get gradients, the base and the dropout's key none; each chunk has its own mask."""
+    base, hidden, targets = inputs()
+    weight = weights(kind)
+    rng = np.random.default_rng(3)
+    factors = jnp.asarray(rng.normal(0, 1, (D, 2)), jnp.float32), jnp.asarray(rng.normal(0, 1, (2, V)))
+    key = jax.random.key(5) if dropout else None
+
+    def head(factors):
+        a, b = factors
+        return LoraWeight(base, a, b.astype(jnp.float32), jnp.float32(0.7), key, dropout)
+
+    def unembed(w, x):
+        w = w.replace(base=w.base.T)
+        return einsum("BXD,DV->BXV", x, w, jnp.float32)
+
+    # Zero for some positions that count: the backward pass has to take the same chunks nevertheless.
+    cotangent = jnp.where(jnp.arange(T) % 3 == 1, 0.0, jnp.sin(jnp.arange(T) + 1.0))
+
+    def loss(factors, hidden):
+        return 3 * linear_cross_entropy(unembed, head(factors), hidden, targets, weight, chunk, False)
+
+    def dense_loss(factors, hidden):
+        return -3 * jnp.sum(weight * adapted_logprobs(head(factors), hidden, targets, weight, chunk))
+
+    def logprobs(factors, hidden):
+        logp = linear_logprobs(unembed, head(factors), hidden, targets, weight, chunk, False)
+        return jnp.sum(logp * cotangent)
+
+    def dense_logprobs(factors, hidden):
+        logp = adapted_logprobs(head(factors), hidden, targets, weight, chunk)
+        return jnp.sum(jnp.where(weight != 0, logp, 0.0) * cotangent)
+
+    for ours, dense in ((loss, dense_loss), (logprobs, dense_logprobs)):
+        got = jax.jit(jax.value_and_grad(ours, (0, 1)))(factors, hidden)
+        want = jax.value_and_grad(dense, (0, 1))(factors, hidden)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
+
+
+def test_no_gradient_of_an_adapted_heads_base_is_formed():
+    base, hidden, targets = inputs()
+    head = LoraWeight(base.T, jnp.ones((D, 2)), jnp.ones((2, V)), jnp.float32(1))
+
+    def loss(w):
+        args = hidden, targets, weights("all"), 4, False
+        return linear_cross_entropy(lambda w, x: einsum("BXD,DV->BXV", x, w, jnp.float32), w, *args)
+
+    _, pull = jax.vjp(loss, head)
+    assert not any(x.shape == (D, V) and (x != base.T).any() for x in jax.tree.leaves(pull))
+    assert not pull(jnp.float32(1))[0].base.any()
 
 
 def test_bfloat16():
