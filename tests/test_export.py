@@ -132,6 +132,7 @@ def test_of_a_checkpoint(tmp_path, capsys):
     settings = dict(
         model=model, output=run, lora="{r: 2}", checkpoint="{every: 2}", mesh="{fsdp: 4, tp: 2}",
         train="{max_steps: 4, batch_size: 4, dtype: float32}", report="{tensorboard: false}",
+        optim="{schedule: wsd, warmup_steps: 1, decay_ratio: 0.5}",
         data=f"{{train: {tmp_path / 'train.jsonl'}, max_length: 64, cache_dir: {tmp_path / 'cache'}}}",
     )  # fmt: skip
     assert cli.main(["sft", *(f"{k}={v}" for k, v in settings.items())]) == 0

@@ -3,6 +3,7 @@ logits."""
 
 import argparse
 import contextlib
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,9 @@ def at_checkpoint(run: Path, model: models.Model, plan: lora.Plan, which: str):
         raise UserError(f"{run}: no checkpoints")
     cfg = configs.load(str(run / "config.yaml"))
     trainable = lora.init(jax.random.key(0), plan, model.table)
-    tx, _ = optim.make_optimizer(cfg.optim, trainable, 1, model.table)
+    # What a checkpoint holds of the optimiser does not depend on the schedule, which needs the run's length.
+    options = dataclasses.replace(cfg.optim, schedule="constant")
+    tx, _ = optim.make_optimizer(options, trainable, 1, model.table)
     with contextlib.closing(saver):
         restored = saver.restore(train.init_state(trainable, tx), step=step)
     if restored is None:
