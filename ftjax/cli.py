@@ -95,6 +95,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _maybe_traceback()
         print("\nftjax: stopped by Ctrl-C", file=sys.stderr)
+        if "jax" in sys.modules:
+            # a compilation that was cut off makes the interpreter's own way out crash
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(130)
         return 130
     except BrokenPipeError:  # `ftjax … | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -3,6 +3,7 @@ known here."""
 
 import contextlib
 import dataclasses
+import logging
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -14,6 +15,8 @@ import optax
 from flax import struct
 
 from ftjax.errors import UserError
+
+log = logging.getLogger("ftjax")
 
 # loss_fn(trainable, frozen, microbatch) -> (summed loss, sums); sums["weight"] is the denominator
 LossFn = Callable[[Any, Any, dict[str, Any]], tuple[Any, dict[str, Any]]]
@@ -45,6 +48,22 @@ class TrainOptions:
     neftune_alpha: float = 0.0
     """Width of NEFTune's embedding noise; 5 is usual, 0 is off."""
 
+    def __post_init__(self):
+        for name in ("max_steps", "batch_size", "microbatches", "loss_chunk", "unroll"):
+            value = getattr(self, name)
+            if value is not None and value is not False and value < 1:
+                raise UserError(f"train.{name}={value}: at least 1")
+        if not self.epochs > 0:
+            raise UserError(f"train.epochs={self.epochs}: more than 0")
+        if not self.neftune_alpha >= 0:
+            raise UserError(f"train.neftune_alpha={self.neftune_alpha}: 0 (off) or more")
+        if self.batch_size % self.microbatches:
+            divisors = [i for i in range(1, self.batch_size + 1) if self.batch_size % i == 0]
+            raise UserError(
+                f"train.microbatches={self.microbatches} does not divide train.batch_size={self.batch_size}; "
+                f"{', '.join(map(str, divisors))} would"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class EvalOptions:
@@ -60,6 +79,12 @@ class EvalOptions:
     """Stop after so many evaluations in a row without a better loss."""
     keep_best: bool = True
     """Export the weights of the best evaluation instead of the last step's."""
+
+    def __post_init__(self):
+        for name in ("every", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"eval.{name}={value}: at least 1")
 
 
 class TrainState(struct.PyTreeNode):
@@ -156,6 +181,7 @@ def signals():
         if caught and signum == signal.SIGINT:
             raise KeyboardInterrupt
         caught.append(signum)
+        log.warning("stopping after this step; Ctrl-C again stops at once, without saving")
 
     try:
         old = {s: signal.signal(s, on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -175,7 +201,6 @@ class Progress:
     best_loss: float = float("inf")
     best_step: int | None = None
     worse: int = 0  # evaluations since the best one
-    finished: bool = False
 
 
 def fit(
@@ -235,11 +260,16 @@ def fit(
             progress.worse += 1
         clock = time.perf_counter()
 
+    def out_of_patience() -> bool:
+        return eval_options.patience is not None and progress.worse >= eval_options.patience
+
     with signals() as caught:
         if evaluate and step == 0 and eval_options.at_start:
             look()
+            if eval_options.keep_best:
+                save(state, progress)  # it is the best so far
         source = iter(batches)
-        while step < total_steps and not progress.finished:
+        while step < total_steps and not out_of_patience():
             batch = next(source)
             state, metrics = train_step(state, batch)
             read()
@@ -249,13 +279,12 @@ def fit(
             if evaluate and (last or (eval_every and step % eval_every == 0)):
                 read()
                 look()
-                progress.finished = bool(eval_options.patience) and progress.worse >= eval_options.patience
-            progress.finished |= last
+            done = last or out_of_patience()
             fresh_best = eval_options.keep_best and progress.best_step == step
-            if progress.finished or caught or fresh_best or step % save_every == 0:
+            if done or caught or fresh_best or step % save_every == 0:
                 read()
                 save(state, progress)
                 clock = time.perf_counter()
-            if caught and not progress.finished:
+            if caught and not done:
                 raise Interrupted(caught[0], step)
     return state, progress

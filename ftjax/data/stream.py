@@ -6,7 +6,7 @@ at step s reads and packs everything before it again, and only as many hosts as 
 
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -85,6 +85,14 @@ class StreamLoader:
                 yield self._batch(rows)
             step, rows = step + 1, []
 
+    def documents_per_unit(self) -> int:
+        """1, or 2 for preference pairs: of the first example."""
+        units = self._units()
+        count = len(next(units)[0])
+        units.close()
+        self.reports[:] = [Report(s.path) for s in self._sources]
+        return count
+
     def steps(self, epochs: float) -> int:
         raise UserError("data.streaming: the length of the data is not known: set train.max_steps")
 
@@ -138,7 +146,7 @@ class StreamLoader:
         stats["efficiency"] = stats["tokens"] / stats["row_tokens"]
         return row
 
-    def _units(self) -> Iterator[tuple[tuple[Rendered, ...], str]]:
+    def _units(self) -> Generator[tuple[tuple[Rendered, ...], str], None, None]:
         weights = [s.weight for s in self._sources]
         if weights[0] is None:
             epoch = 0

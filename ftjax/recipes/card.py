@@ -8,8 +8,8 @@ import yaml
 from ftjax import hf
 
 
-def of_run(run: pathlib.Path, base: str, library: str) -> str:
-    """README.md for a tuned model or adapter: settings from config.yaml, scores from scores.json if there.
+def of_run(run: pathlib.Path, base: str, library: str, scores: dict[str, float] | None = None) -> str:
+    """README.md for a tuned model or adapter: settings from config.yaml; `scores`, else those in the folder.
 
     `library` is "transformers" or "peft".
     """
@@ -28,15 +28,17 @@ def of_run(run: pathlib.Path, base: str, library: str) -> str:
         library=library,
         data={"train": train if isinstance(train, str) else json.dumps(train)} if train else None,
         settings=settings,
-        scores=_scores(run / "scores.json"),
+        scores=scores or _scores(run),
     )
 
 
-def _scores(path: pathlib.Path) -> dict[str, str] | None:
-    """{row: its first score} of the report's table of scores."""
-    if not path.is_file():
-        return None
-    table = json.loads(path.read_text())
-    column = table["columns"][0]
-    cells = {row["name"]: row["cells"][0] for row in table["rows"]}
-    return {f"{column}: {name}": c["text"] if isinstance(c, dict) else str(c) for name, c in cells.items()}
+def _scores(run: pathlib.Path) -> dict[str, str] | None:
+    """{row: its first score} of the report's table of scores, else the evaluation losses of the summary."""
+    if (run / "scores.json").is_file():
+        table = json.loads((run / "scores.json").read_text())
+        column = table["columns"][0]
+        cells = {row["name"]: row["cells"][0] for row in table["rows"]}
+        return {f"{column}: {k}": c["text"] if isinstance(c, dict) else str(c) for k, c in cells.items()}
+    if (run / "summary.json").is_file():
+        return json.loads((run / "summary.json").read_text()).get("scores")
+    return None

@@ -17,7 +17,7 @@ from ftjax.errors import UserError
 from ftjax.evaluate import statistics
 from ftjax.quickstart import model as embedded
 from ftjax.quickstart import task
-from ftjax.recipes import card, sft, training
+from ftjax.recipes import card, folder, sft, training
 
 MAX_NEW_TOKENS = 64  # the longest answer has 22; the base writes its JSON with more space
 
@@ -98,6 +98,13 @@ def main(argv: list[str]) -> int:
     name = args.model or str(embedded.fetch(console.print))
     cfg = run_config(name, pathlib.Path(args.output), args.seed)
     items = task.rows("test")[: args.items]
+    output = pathlib.Path(args.output)
+    scored = (output / "scores.json").is_file()
+    trained = (
+        folder.is_finished(output) and not scored and not args.overwrite
+    )  # it was stopped in part 3 or 4
+    if not trained:
+        folder.claim(cfg, overwrite=args.overwrite)  # before any work is spent
     source = hf.open_model(name)
     tokenizer = hf.load_tokenizer(source, need_chat_template=True)
     dtype = generate.default_dtype()
@@ -117,7 +124,7 @@ def main(argv: list[str]) -> int:
     host.return_freed_memory()
 
     console.print("[bold]2/4[/] tuning")
-    run = training.start(cfg, sft.make_loss, overwrite=args.overwrite)
+    run = output if trained else training.start(cfg, sft.make_loss, overwrite=args.overwrite)
 
     host.return_freed_memory()
     console.print("[bold]3/4[/] the tuned model, with a one-word prompt")

@@ -120,6 +120,11 @@ class Reporter:
         self._write("event", step, {"message": message})
         self._bar.say(message)
 
+    def say(self, line: str) -> None:
+        """Something to read now that need not be kept."""
+        if self.writes:
+            self._bar.say(line)
+
     def close(self) -> None:
         """Release the terminal and the files; may be called again."""
         self._bar.close()
