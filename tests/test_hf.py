@@ -307,6 +307,22 @@ UNSUPPORTED = {
     "pretraining_tp=2 is not implemented": dict(pretraining_tp=2),
     "logit_scale=2.0 is unknown for model_type 'llama'": dict(logit_scale=2.0),
     "attention_dropout=0.1 is not implemented": dict(attention_dropout=0.1),
+    # What transformers' model of the family does not read, though that of another does.
+    "sliding_window=4096 is not implemented for model_type 'llama'; supported: None": dict(
+        sliding_window=4096
+    ),
+    f"layer_types={['full_attention'] * 3} is unknown for model_type 'mistral'": dict(
+        model_type="mistral", layer_types=["full_attention"] * 3
+    ),
+    "max_window_layers=1 is unknown for model_type 'mistral'": dict(
+        model_type="mistral", max_window_layers=1
+    ),
+    "attention_bias=True is not implemented for model_type 'mistral'; supported: False": dict(
+        model_type="mistral", attention_bias=True
+    ),
+    "attention_bias=False is not implemented for model_type 'qwen2'; supported: True": dict(
+        model_type="qwen2", attention_bias=False
+    ),
 }
 
 

@@ -57,20 +57,24 @@ QK_NORM = {
     "layers/q_norm": Weight("H", _L + "self_attn.q_norm.weight", init="ones"),
     "layers/k_norm": Weight("H", _L + "self_attn.k_norm.weight", init="ones"),
 }
-# config.json's keys, with the values implemented where not all are
-KEYS: dict[str, tuple | None] = {
-    "hidden_act": ("silu",),
-    "mlp_bias": (False, None),
-    "attention_bias": None,
-    "sliding_window": None,
-    "use_sliding_window": None,
-    "max_window_layers": None,
+# config.json's keys by family, with the values implemented where not all are. Where transformers' model of
+# the family ignores a key, only the value that says what it computes is taken.
+_COMMON: dict[str, tuple | None] = {"hidden_act": ("silu",), "mlp_bias": (False, None)}
+_NO_WINDOW: dict[str, tuple | None] = {"sliding_window": (None,), "use_sliding_window": (False, None)}
+_WINDOW_LAYERS: dict[str, tuple | None] = dict.fromkeys(
+    ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+)
+KEYS: dict[str, dict[str, tuple | None]] = {
+    "llama": _COMMON | _NO_WINDOW | {"attention_bias": None},
+    "mistral": _COMMON | {"sliding_window": None, "attention_bias": (False, None)},
+    "qwen2": _COMMON | _WINDOW_LAYERS | {"attention_bias": (True, None)},
+    "qwen3": _COMMON | _WINDOW_LAYERS | {"attention_bias": None},
 }
 
 
 def read_config(hf, raw) -> ModelConfig:
     """From a transformers config and the config.json it was made of."""
-    check_keys(raw, dict.fromkeys(ModelConfig.__dataclass_fields__) | KEYS)
+    check_keys(raw, dict.fromkeys(ModelConfig.__dataclass_fields__) | KEYS[hf.model_type])
     rope_type = hf.rope_parameters.get("rope_type", "default")
     if rope_type not in ROPE_TYPES:
         raise UserError(
