@@ -59,16 +59,17 @@ QK_NORM = {
 }
 # config.json's keys by family, with the values implemented where not all are. Where transformers' model of
 # the family ignores a key, only the value that says what it computes is taken.
-_COMMON: dict[str, tuple | None] = {"hidden_act": ("silu",), "mlp_bias": (False, None)}
-_NO_WINDOW: dict[str, tuple | None] = {"sliding_window": (None,), "use_sliding_window": (False, None)}
-_WINDOW_LAYERS: dict[str, tuple | None] = dict.fromkeys(
+_Keys = dict[str, tuple | None]
+_COMMON: _Keys = {"hidden_act": ("silu",), "mlp_bias": (False, None)}
+_NO_WINDOW: _Keys = {"sliding_window": (None,), "use_sliding_window": (False, None)}
+_WINDOW_LAYERS: _Keys = dict.fromkeys(
     ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 )
-KEYS: dict[str, dict[str, tuple | None]] = {
-    "llama": _COMMON | _NO_WINDOW | {"attention_bias": None},
-    "mistral": _COMMON | {"sliding_window": None, "attention_bias": (False, None)},
-    "qwen2": _COMMON | _WINDOW_LAYERS | {"attention_bias": (True, None)},
-    "qwen3": _COMMON | _WINDOW_LAYERS | {"attention_bias": None},
+KEYS: dict[str, _Keys] = {
+    "llama": {**_COMMON, **_NO_WINDOW, "attention_bias": None},
+    "mistral": {**_COMMON, "sliding_window": None, "attention_bias": (False, None)},
+    "qwen2": {**_COMMON, **_WINDOW_LAYERS, "attention_bias": (True, None)},
+    "qwen3": {**_COMMON, **_WINDOW_LAYERS, "attention_bias": None},
 }
 
 
