@@ -238,7 +238,7 @@ def unquote(folder):
 
 BROKEN = {
     "no config": (remove("config.json"), "no config.json: a model folder has"),
-    "broken config": (put("config.json", '{\n"a": 1,\n}'), r"config.json:3: not valid JSON"),
+    "broken config": (put("config.json", '{\n"a": 1,\n}'), r"config.json:[23]: not valid JSON"),
     "config is a list": (put("config.json", "[1]"), "a JSON object was expected, not list"),
     "no weights": (remove("model*"), "no weights"),
     "torch weights": (
