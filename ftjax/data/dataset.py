@@ -15,7 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from ftjax.data.formats import BadExample, Example, content_hash, examples, source_digest
+from ftjax.data.formats import (
+    PREFERENCE,
+    BadExample,
+    Example,
+    content_hash,
+    examples,
+    source_digest,
+)
 from ftjax.data.options import DataOptions, DataSource
 from ftjax.data.render import Rendered, Renderer, read_template
 from ftjax.errors import UserError
@@ -202,6 +209,7 @@ def make_renderer(options: DataOptions, tokenizer) -> Renderer:
 def load(options: DataOptions, tokenizer, progress: Progress | None = None) -> Data:
     """The run's training and evaluation data, tokenised or found in the cache. Raises UserError."""
     check(options)
+    check_formats(options)
     renderer = make_renderer(options, tokenizer)
     training = sources(options.train)
     stores = [] if options.streaming else [tokenise(s, renderer, options, progress) for s in training]
@@ -267,6 +275,34 @@ def check(options: DataOptions) -> None:
     if options.streaming and options.packing == "none":
         raise UserError(
             'data: streaming packs as it reads; packing "none" needs data that is tokenised first'
+        )
+
+
+def check_formats(options: DataOptions) -> None:
+    """Raises UserError for settings that have no effect on data of the formats found: the first row of each
+    source is read, where there is such a setting."""
+    for_chats = [
+        name
+        for name, default in (("chat_template", None), ("template_args", {}), ("train_on", "assistant"))
+        if getattr(options, name) != default
+    ]
+    if not for_chats and options.overlong != "split":
+        return
+    found: set[str] = set()
+    for source in sources(options.train) + (sources(options.eval) if options.eval else []):
+        seen: list[str] = []
+        next(examples(source, options.format, options.streaming, seen), None)
+        found.update(seen)
+    if for_chats and found == {"text"}:
+        raise UserError(
+            f"data.{', data.'.join(for_chats)}: no effect on plain text, which is what the data is (format "
+            "text): it is not rendered as a chat, and all of it is trained on; leave the setting out"
+        )
+    whole = found - PREFERENCE if options.train_on == "all" else found & {"text"}
+    if options.overlong == "split" and found and not whole:
+        raise UserError(
+            f"data.overlong: split cuts only plain text, and this data is {', '.join(sorted(found))}; set it "
+            "to error, drop or truncate"
         )
 
 

@@ -63,6 +63,7 @@ FORMATS = {
     "openai_preference": "input.messages, preferred_output and non_preferred_output",
     "hh": 'chosen and rejected as "\\n\\nHuman: … \\n\\nAssistant: …" strings',
 }
+PREFERENCE = frozenset(("preference", "openai_preference", "hh"))
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _ALIASES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant"}
 _DIALOGUE = re.compile(r"\n\n(Human|Assistant):")

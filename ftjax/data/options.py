@@ -43,11 +43,13 @@ class DataOptions:
     max_length: int = 2048
     """Tokens in a row, and the most that an example (for preference data: a pair) may have."""
     packing: Literal["best_fit", "first_fit", "none"] = "best_fit"
-    """How examples are put into rows; "none" gives each its own row, padded to the next of `buckets`."""
+    """How examples are put into rows; "none" gives each its own row, padded to the next of `buckets`.
+    Streamed data is packed first fit, as it comes, whichever of the two is given."""
     buckets: list[int] = field(default_factory=list)
     """Row lengths to pad to when packing is "none"; each batch has one of them. Empty: only max_length."""
     overlong: Literal["error", "drop", "truncate", "split"] = "error"
-    """What happens to an example longer than max_length; "split" is for plain text and loses nothing."""
+    """What happens to an example longer than max_length; "split" is for plain text (with `train_on: all` for
+    conversations too) and loses nothing."""
     on_bad: Literal["error", "drop"] = "error"
     """Stop at the first example that can't be trained on, or leave such examples out and count them."""
     chat_template: str | None = None

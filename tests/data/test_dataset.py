@@ -178,3 +178,28 @@ def test_long_text_is_split(tiny, tmp_path):
     data = load(DataOptions(str(tmp_path / "book.txt"), max_length=64, overlong="split"), tiny)
     assert len(data.train) > 5 and max(data.train.lengths) == 64
     assert data.reports[0].format == "text" and json.dumps(data.reports[0].drops) == "{}"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_settings_without_effect_on_what_the_data_is(tiny, write, streaming):
+    """Detected formats count as named ones do."""
+    text = write([{"text": "Once upon a time."}] * 3, "text.jsonl")
+    chats = write(pairs(3))
+    preference = write([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3, "preference.jsonl")
+
+    def refused(words, train, **settings):
+        with pytest.raises(UserError, match=words):
+            load(DataOptions(train, streaming=streaming, **settings), tiny)
+
+    refused("data.train_on: no effect on plain text", text, train_on="all")
+    refused("data.chat_template, data.template_args: no effect", text, chat_template="none",
+            template_args={"a": 1})  # fmt: skip
+    refused("split cuts only plain text, and this data is prompt_completion", chats, overlong="split")
+    refused("and this data is preference", preference, overlong="split", train_on="all")
+    for settings in (
+        dict(train=chats, train_on="all", overlong="split"),
+        dict(train=[DataSource(text), DataSource(chats)], train_on="last", overlong="split"),
+        dict(train=text, eval=chats, train_on="last"),
+        dict(train=text, overlong="split"),
+    ):
+        load(DataOptions(streaming=streaming, **settings), tiny)
