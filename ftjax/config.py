@@ -110,8 +110,8 @@ RECIPES: dict[str, type[RunConfig]] = {"sft": SftConfig, "dpo": DpoConfig}
 
 
 def _source_formats(config) -> list[str | None]:
-    sources = [config.data.train, config.data.eval]
-    return [s.format for one in sources if not isinstance(one, str) and one is not None for s in one]
+    settings = [config.data.train] + ([] if config.data.eval is None else [config.data.eval])
+    return [f for one in settings for f in ([None] if isinstance(one, str) else [s.format for s in one])]
 
 
 # (keys, whether they do nothing in this run, why and what to do). A key stands for its whole section.
@@ -157,7 +157,7 @@ NO_EFFECT: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (("data.eval_fraction",), lambda c: c.data.eval is not None, "data.eval is given"),
     (
         ("data.format",),
-        lambda c: bool(_source_formats(c)) and not isinstance(c.data.train, str) and all(_source_formats(c)),
+        lambda c: bool(_source_formats(c)) and all(_source_formats(c)),
         "every source names its own format",
     ),
     (
@@ -165,7 +165,11 @@ NO_EFFECT: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         lambda c: c.data.format == "text",
         "plain text (data.format: text) is not rendered as a chat",
     ),
-    (("data.cache_dir",), lambda c: c.data.streaming, "streamed data is not cached"),
+    (
+        ("data.cache_dir",),
+        lambda c: c.data.streaming and c.data.eval is None,
+        "streamed data is not cached, and there is no data.eval",
+    ),
     (
         ("eval",),
         lambda c: c.data.eval is None and not c.data.eval_fraction,

@@ -214,12 +214,26 @@ def test_all_complaints_come_at_once(write):
             "plain text (data.format: text) is not rendered as a chat",
         ),
         (["data.train=[{path: a, format: chat}]", "data.format=chat"], "every source names its own format"),
-        (["data.streaming=true", "data.cache_dir=x"], "streamed data is not cached"),
+        (
+            ["data.streaming=true", "data.eval_fraction=0", "data.cache_dir=x"],
+            "streamed data is not cached, and there is no data.eval",
+        ),
     ],
 )
 def test_a_setting_without_effect_is_an_error(write, settings, words):
     assert words in refused(write(BASE), settings)
     assert "has no effect" not in str(config.load(write(BASE), []))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["data.streaming=true", "data.cache_dir=x"],  # evaluation data is tokenised, and cached
+        ["data.train=[{path: a, format: chat}]", "data.format=chat"],  # data.eval has that format
+    ],
+)
+def test_what_evaluation_data_uses_has_an_effect(write, settings):
+    config.load(write(BASE.replace("eval_fraction: 0.1", "eval: e.jsonl")), settings)
 
 
 def test_null_where_nothing_is_meant_is_no_setting(write):
