@@ -176,7 +176,8 @@ def environment_defaults() -> None:
     Compiled programs are kept in ~/.cache/ftjax/jax (JAX_COMPILATION_CACHE_DIR), since compiling is most of a
     short run's time; XLA's informational log lines are off (TF_CPP_MIN_LOG_LEVEL); freed memory is kept.
     """
-    host.keep_freed_memory()
+    if "jax" not in sys.modules:  # its threads must not run yet
+        host.keep_freed_memory()
     cache = pathlib.Path(os.environ.get("FTJAX_CACHE") or "~/.cache/ftjax").expanduser() / "jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
