@@ -1,4 +1,4 @@
-"""Checkpoints that survive: Orbax writes them, and each is sealed with the hashes of its files.
+"""Checkpoints that survive: Orbax writes them, and each is read back and sealed with the hashes of its files.
 
 A checkpoint holds what training changes (step, trainable weights, optimiser state) and a small dict of the
 loop's own facts; never the frozen base. Random numbers and data order are functions of (seed, step), so the
@@ -15,12 +15,27 @@ import shutil
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from ftjax.errors import UserError
 from ftjax.train import TrainState
 
 log = logging.getLogger("ftjax")
+
+
+class _Differs(Exception):
+    """What was read back is not what was saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unsealed:
+    """A checkpoint on its way to disk: what reading it back has to give."""
+
+    step: int
+    abstract: dict[str, Any]
+    digests: dict[str, jax.Array]
+    facts: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +66,7 @@ class Checkpoints:
         self.directory = pathlib.Path(directory).absolute()
         self.keep = keep
         self.best: int | None = None  # a step that pruning spares
-        self._unsealed: int | None = None
+        self._unsealed: _Unsealed | None = None
         self._manager_: ocp.CheckpointManager | None = None
 
     @property
@@ -84,25 +99,58 @@ class Checkpoints:
         if jax.default_backend() == "cpu":
             # On CPU Orbax would read the very buffers that the next step donates.
             state = jax.tree.map(lambda x: x.copy(), state)
-        args = ocp.args.Composite(state=ocp.args.StandardSave(_plain(state)), facts=ocp.args.JsonSave(facts))
+        plain = _plain(state)
+        unsealed = _Unsealed(
+            step,
+            jax.tree.map(ocp.utils.to_shape_dtype_struct, plain),
+            {name: _digest(leaf) for name, leaf in plain.items()},
+            json.dumps(facts, sort_keys=True),
+        )
+        args = ocp.args.Composite(state=ocp.args.StandardSave(plain), facts=ocp.args.JsonSave(facts))
         try:
             self._manager.save(step, args=args)
         except Exception as e:
             raise self._failed(step, e) from e
-        self._unsealed = step
+        self._unsealed = unsealed
 
     def wait(self) -> None:
-        """Until everything saved lies on disk, sealed."""
+        """Until everything saved lies on disk, was read back as it was saved, and is sealed.
+
+        UserError where that fails; a checkpoint that reads differently is moved to damaged-STEP.
+        """
         if self._unsealed is None:
             return
-        step, self._unsealed = self._unsealed, None
+        unsealed, self._unsealed = self._unsealed, None
+        step = unsealed.step
         try:
             self._manager.wait_until_finished()
+            self._read_back(unsealed)
             self._seal(step)
         except Exception as e:
+            if isinstance(e, _Differs):  # unsealed and readable, so a later run would take it
+                self._move_aside(step)
             raise self._failed(step, e) from e
         if jax.process_index() == 0:
             self._prune()
+
+    def _read_back(self, saved: _Unsealed) -> None:
+        """Raise _Differs where the files do not give what was saved. It takes one leaf's memory at a time."""
+        folder = self.directory / str(saved.step)
+        with ocp.PyTreeCheckpointer() as reader:
+            for name, leaf in saved.abstract.items():
+                item = {name: leaf}
+                args = ocp.args.PyTreeRestore(
+                    item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+                )
+                try:
+                    got = reader.restore(folder / "state", args=args)[name]
+                except Exception as e:
+                    raise _Differs(f"{name} cannot be read back: {_first_line(e)}") from e
+                if int(_digest(got)) != int(saved.digests[name]):
+                    raise _Differs(f"{name} reads back differently from what was saved")
+        facts = self._manager.restore(saved.step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))
+        if json.dumps(facts["facts"], sort_keys=True) != saved.facts:
+            raise _Differs("facts read back differently from what was saved")
 
     def close(self) -> None:
         self.wait()
@@ -153,9 +201,13 @@ class Checkpoints:
         them."""
         for step in self.steps():
             if after is None or step > after:
-                target = self.directory / f"damaged-{step}"
-                shutil.rmtree(target, ignore_errors=True)
-                (self.directory / str(step)).rename(target)
+                self._move_aside(step)
+
+    def _move_aside(self, step: int) -> None:
+        if jax.process_index() == 0:
+            target = self.directory / f"damaged-{step}"
+            shutil.rmtree(target, ignore_errors=True)
+            (self.directory / str(step)).rename(target)
         self._manager.reload()
 
     def _failed(self, step: int, error: Exception) -> UserError:
@@ -216,6 +268,25 @@ class Checkpoints:
             if step != self.best:
                 self._manager.delete(step)
                 self._seal_path(step).unlink(missing_ok=True)
+
+
+@jax.jit
+def _digest(x):
+    """A uint32 that changes with any one element, and with where elements stand; the same however `x` is
+    sharded. Made where `x` lies, so nothing is gathered or copied to the host."""
+    bits = x
+    if x.dtype == jnp.bool_:
+        bits = x.astype(jnp.uint8)
+    elif x.dtype.itemsize <= 4:
+        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    else:
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    index, stride = jnp.uint32(0), 1
+    for axis in reversed(range(bits.ndim)):
+        index += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= bits.shape[axis]
+    weight = (index * jnp.uint32(2654435761)) ^ (index >> 15) | jnp.uint32(1)
+    return jnp.sum(bits.astype(jnp.uint32) * weight, dtype=jnp.uint32)
 
 
 def _plain(state: TrainState):

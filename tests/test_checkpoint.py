@@ -131,3 +131,67 @@ def test_an_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot make the folder"):
         Checkpoints(tmp_path / "file" / "checkpoints").save(make(1), {})
+
+
+@pytest.mark.parametrize("harm", ["wrong values", "swapped", "wrong facts", "cut"])
+def test_what_was_written_wrongly_is_not_sealed(tmp_path, monkeypatch, harm):
+    """Whatever the disk or the writer made of it, the checkpoints before it stay."""
+    c = saved(tmp_path, 3, 7)
+    args = checkpoint.ocp.args
+    with monkeypatch.context() as m:
+        if harm == "wrong facts":
+            real = args.JsonSave
+            m.setattr(args, "JsonSave", lambda facts: real({"best": 4.0}))
+        elif harm == "cut":
+            done = c._manager.wait_until_finished
+
+            def cut():
+                done()
+                for p in (c.directory / "9").rglob("*"):
+                    if p.is_file() and p.stat().st_size > 100:
+                        p.write_bytes(p.read_bytes()[:-50])
+
+            m.setattr(c._manager, "wait_until_finished", cut)
+        else:
+            real = args.StandardSave
+            change = (lambda x: x.at[2].add(1)) if harm == "wrong values" else (lambda x: x[::-1])
+            m.setattr(
+                args,
+                "StandardSave",
+                lambda tree: real({k: change(v) if "trainable" in k else v for k, v in tree.items()}),
+            )
+        c.save(make(9), {"best": 3.0})
+        words = "step 9 could not be written.*read.* back.*checkpoints 3, 7 are intact"
+        with pytest.raises(UserError, match=words):
+            c.wait()
+    c.close()
+    assert c.steps() == [3, 7] and (c.directory / "damaged-9").is_dir()
+    again = Checkpoints(tmp_path / "checkpoints")
+    assert int(again.restore(make(0))[0].step) == 7
+    again.save(make(9), {"best": 3.0})
+    again.close()
+    assert again.steps() == [7, 9]
+
+
+def test_sharded_state_is_read_back(tmp_path):
+    mesh = jax.make_mesh((8,), ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    state = make(3, size=64)
+    placed = jax.tree.map(lambda x: jax.device_put(x, sharding) if x.ndim else x, state)
+    digests = [checkpoint._digest(x) for x in jax.tree.leaves(placed)]
+    assert digests == [checkpoint._digest(x) for x in jax.tree.leaves(state)]
+    c = Checkpoints(tmp_path / "checkpoints")
+    c.save(placed, {})
+    c.close()
+    assert equal(Checkpoints(tmp_path / "checkpoints").restore(placed)[0], state)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool", "int32"])
+def test_the_digest_sees_every_element_and_its_place(dtype):
+    x = (jnp.arange(30).reshape(2, 3, 5) % 2).astype(dtype)
+    digests = {int(checkpoint._digest(x))}
+    for i in range(30):
+        flipped = x.reshape(-1).at[i].set((1 - x.reshape(-1)[i].astype(jnp.int32)).astype(dtype))
+        digests.add(int(checkpoint._digest(flipped.reshape(x.shape))))
+    digests.add(int(checkpoint._digest(x[::-1])))
+    assert len(digests) == 32
