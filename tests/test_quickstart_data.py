@@ -126,10 +126,26 @@ def test_prompts():
     assert task.short_prompt("Hi")[-1] == {"role": "user", "content": "Hi"}
     assert [turn["role"] for turn in task.instruction_prompt("Hi")] == ["system", "user"]
     examples = task.few_shot_examples(2)
-    turns = task.few_shot_prompt("Hi", examples, instruction=False)
+    turns = task.few_shot_prompt("Hi", examples, task.FewShot(2, "none"))
     assert [turn["role"] for turn in turns] == ["system"] + ["user", "assistant"] * 2 + ["user"]
     assert turns[0]["content"] == task.SYSTEM and turns[2]["content"] == examples[0].answer
-    assert task.few_shot_prompt("Hi", examples, instruction=True)[0]["content"] == task.INSTRUCTION
+    turns = task.few_shot_prompt("Hi", examples, task.FewShot(2, "system"))
+    assert turns[0]["content"] == task.INSTRUCTION
+
+
+@pytest.mark.parametrize("style", task.FEW_SHOT_CANDIDATES, ids=str)
+def test_few_shot_prompts_differ_in_the_message_only(style):
+    examples = task.few_shot_examples(style.k)
+    one, other = (task.few_shot_prompt(message, examples, style) for message in ("One", "Other"))
+    assert len(one) == (2 * style.k + 2 if style.turns else 2) and one[:-1] == other[:-1]
+    head, _, tail = one[-1]["content"].rpartition("One")
+    assert other[-1]["content"] == f"{head}Other{tail}" and tail == ("\nJSON:" if style.cue else "")
+    text = "".join(turn["content"] for turn in one)
+    assert text.count(task.INSTRUCTION) == (style.instruction != "none")
+    for row in examples:
+        assert text.count(row.message) == text.count(row.answer) == 1
+    if style.instruction == "user":
+        assert one[1]["content"].startswith(task.INSTRUCTION)
 
 
 def test_parse_forgives_prose_and_not_broken_json():

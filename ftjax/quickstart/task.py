@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ftjax.evaluate import metrics
 
@@ -53,14 +53,22 @@ class FewShot:
     """One way to write the few-shot prompt."""
 
     k: int
-    """Examples from the train split, as earlier turns of the conversation."""
-    instruction: bool
-    """Whether the system prompt is the whole instruction; otherwise the one word."""
+    """Examples from the train split."""
+    instruction: Literal["none", "system", "user"]
+    """Where the whole instruction stands: nowhere, in the system prompt, before the first user's message."""
+    cue: bool = False
+    """Whether each message is written "Message: …", "JSON:" on the next line."""
+    turns: bool = True
+    """Whether the examples are earlier turns of the conversation; otherwise all stand in one user's turn."""
 
 
-FEW_SHOT_CANDIDATES = tuple(FewShot(k, instruction) for instruction in (False, True) for k in (2, 4, 8))
+FEW_SHOT_CANDIDATES = (
+    *(FewShot(k, place) for place in ("none", "system", "user") for k in (2, 4, 8)),
+    *(FewShot(k, "user", cue=True) for k in (2, 4, 8)),
+    *(FewShot(k, "user", cue=True, turns=False) for k in (2, 8)),
+)
 
-FEW_SHOT = FewShot(k=2, instruction=True)
+FEW_SHOT = FewShot(k=4, instruction="system")
 """The candidate with the best exact match on the eval split; README.md in this folder has the table."""
 
 
@@ -96,15 +104,23 @@ def instruction_prompt(message: str) -> Messages:
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
 
 
-def few_shot_prompt(
-    message: str, examples: Sequence[Row], instruction: bool = FEW_SHOT.instruction
-) -> Messages:
-    """The examples as earlier turns; all messages' prompts are the same up to the last turn."""
-    prompt = [{"role": "system", "content": INSTRUCTION if instruction else SYSTEM}]
+def few_shot_prompt(message: str, examples: Sequence[Row], style: FewShot = FEW_SHOT) -> Messages:
+    """The examples, then the message; all messages' prompts are the same up to the message."""
+
+    def asked(message: str) -> str:
+        return f"Message: {message}\nJSON:" if style.cue else message
+
+    system = INSTRUCTION if style.instruction == "system" else SYSTEM
+    opening = f"{INSTRUCTION}\n\n" if style.instruction == "user" else ""
+    prompt = [{"role": "system", "content": system}]
+    if not style.turns:
+        shown = [f"{asked(row.message)} {row.answer}" for row in examples]
+        return [*prompt, {"role": "user", "content": opening + "\n\n".join([*shown, asked(message)])}]
     for row in examples:
-        prompt.append({"role": "user", "content": row.message})
+        prompt.append({"role": "user", "content": opening + asked(row.message)})
         prompt.append({"role": "assistant", "content": row.answer})
-    return [*prompt, {"role": "user", "content": message}]
+        opening = ""
+    return [*prompt, {"role": "user", "content": opening + asked(message)}]
 
 
 def few_shot_examples(k: int = FEW_SHOT.k) -> list[Row]:

@@ -116,7 +116,9 @@ def main(argv: list[str]) -> int:
 
     console.print("[bold]1/4[/] the base model, with an instruction and with few-shot examples")
     examples = task.few_shot_examples()
-    few_shot = f"base, {len(examples)} examples" + (" and instruction" if task.FEW_SHOT.instruction else "")
+    few_shot = f"base, {len(examples)} examples" + (
+        " and instruction" if task.FEW_SHOT.instruction != "none" else ""
+    )
     base = hf.load_params(source, model, dtype=dtype)
     instructed = answers("base, instruction", base, task.instruction_prompt)
     before = answers(few_shot, base, lambda message: task.few_shot_prompt(message, examples))
