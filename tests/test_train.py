@@ -40,7 +40,7 @@ def run(state=None, poison=None, total=10, on_report=lambda s, m: None, **option
     state = state or train.init_state({"w": jnp.zeros(3)}, TX)
     defaults = dict(
         total_steps=total,
-        save=lambda s, p: saved.append((int(s.step), jax.tree.map(np.array, s), p.worse, p.finished)),
+        save=lambda s, p: saved.append((int(s.step), jax.tree.map(np.array, s), p.worse)),
         save_every=4,
         report=report,
         documents=lambda step: [f"train.jsonl:{step + 1}"],
@@ -55,9 +55,9 @@ def run(state=None, poison=None, total=10, on_report=lambda s, m: None, **option
 
 
 def test_reports_every_step_once_and_saves_on_time():
-    (state, progress), saved, reports = run()
+    (state, _), saved, reports = run()
     assert [step for step, _ in reports] == list(range(1, 11))
-    assert [s[0] for s in saved] == [4, 8, 10] and progress.finished
+    assert [s[0] for s in saved] == [4, 8, 10]
     assert int(state.step) == 10
 
 
@@ -72,7 +72,7 @@ def test_non_finite_loss_names_step_and_documents_and_keeps_the_last_good_state(
     error, saved, _ = run(poison=5)
     assert isinstance(error, train.NonFinite)
     assert "step 6" in str(error) and "train.jsonl:6" in str(error) and "nan" in str(error)
-    step, state, _, _ = saved[-1]
+    step, state, _ = saved[-1]
     good = run(total=5)[0][0]
     assert step == 5 and bool(state.finite)
     np.testing.assert_array_equal(state.trainable["w"], good.trainable["w"])
@@ -97,5 +97,11 @@ def test_early_stopping_and_best_step():
         evaluate=lambda s: {"loss": next(losses)}, eval_every=1, eval_options=train.EvalOptions(patience=2)
     )
     assert progress.best_step == 1 and progress.best_loss == 3.0
-    assert int(state.step) == 3 and saved[-1][0] == 3 and saved[-1][3]
+    assert int(state.step) == 3 and saved[-1][0] == 3
     assert 1 in [s[0] for s in saved]  # the best was saved when it was seen
+
+
+def test_the_state_before_training_may_be_the_best():
+    losses = iter([1.0, 3.0, 4.0])
+    (_, progress), saved, _ = run(evaluate=lambda s: {"loss": next(losses)}, eval_every=5)
+    assert progress.best_step == 0 and [s[0] for s in saved][0] == 0
