@@ -197,8 +197,7 @@ class Model:
         self, params, tokens_BT, positions_BT, segments_BT, cache: KVCache | None = None
     ) -> tuple[Any, Any, dict]:
         module = self.module_type(self.config, self.table, self.options)  # type: ignore[call-arg]
-        # type: ignore[return-value]
-        return module.apply({"params": params}, tokens_BT, positions_BT, segments_BT, cache)  # type: ignore
+        return module.apply({"params": params}, tokens_BT, positions_BT, segments_BT, cache)  # type: ignore[return-value]
 
     @property
     def head_path(self) -> str:
