@@ -178,8 +178,6 @@ def test_sharded_state_is_read_back(tmp_path):
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
     state = make(3, size=64)
     placed = jax.tree.map(lambda x: jax.device_put(x, sharding) if x.ndim else x, state)
-    digests = [checkpoint._digest(x) for x in jax.tree.leaves(placed)]
-    assert digests == [checkpoint._digest(x) for x in jax.tree.leaves(state)]
     c = Checkpoints(tmp_path / "checkpoints")
     c.save(placed, {})
     c.close()
