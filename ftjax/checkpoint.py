@@ -274,8 +274,8 @@ class Checkpoints:
 def _digest(x: jax.Array) -> int:
     """A CRC-32 of this process's part of `x`, shard by shard, read on the host.
 
-    A jitted sum would be a small program over all devices for each leaf, and many of those under way at once can
-    leave the devices of a CPU waiting for one another until XLA aborts.
+    A jitted sum would be a small program over all devices for each leaf, and many of those under way at once
+    can leave the devices of a CPU waiting for one another until XLA aborts.
     """
     digest = 0
     shards = (shard for shard in x.addressable_shards if shard.replica_id == 0)
