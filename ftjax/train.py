@@ -227,6 +227,8 @@ def fit(
     and NonFinite after saving the last good state, naming the step and its documents."""
     progress = progress or Progress()
     step, pending = int(state.step), None
+    # Collectives of two programs under way at once can wait for one another on CPU devices, until XLA aborts.
+    on_cpu = jax.default_backend() == "cpu"
     clock = time.perf_counter()
 
     def read() -> None:
@@ -272,6 +274,8 @@ def fit(
         while step < total_steps and not out_of_patience():
             batch = next(source)
             state, metrics = train_step(state, batch)
+            if on_cpu:
+                jax.block_until_ready(metrics)
             read()
             pending = step, metrics
             step += 1
