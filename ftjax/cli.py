@@ -85,6 +85,7 @@ OWN_HELP = ("quickstart", "chat", "export", "data")  # their recipes have flags,
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code."""
+    from_shell = argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(argv)
@@ -95,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _maybe_traceback()
         print("\nftjax: stopped by Ctrl-C", file=sys.stderr)
-        if "jax" in sys.modules:
+        if from_shell and "jax" in sys.modules:
             # a compilation that was cut off makes the interpreter's own way out crash
             sys.stdout.flush()
             sys.stderr.flush()
@@ -206,15 +207,17 @@ def _of_the_machine(error: OSError | MemoryError) -> str | None:
     reasons = {
         errno.ENOSPC: "the disk is full",
         errno.EDQUOT: "the disk quota is used up",
+        errno.EFBIG: "a file may not grow any more (a limit of this process)",
         errno.EACCES: "no permission",
         errno.EPERM: "no permission",
         errno.EROFS: "the file system is read-only",
         errno.EMFILE: "too many open files",
     }
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     reason = reasons.get(error.errno or 0)
     if reason is None:
         return None
-    later = "; earlier checkpoints are intact" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    later = "; earlier checkpoints are intact" if error.errno in full else ""
     return f"{reason}{where}{later}"
 
 

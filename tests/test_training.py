@@ -218,6 +218,6 @@ def test_hh_rlhf_trains(ftjax, folder):
     config = json.loads((folder / "model" / "config.json").read_text())
     (folder / "model" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
     code, said = ftjax(
-        "dpo", "model=model", "data.train=hh.jsonl", "data.max_length=1024", "data.overlong=drop"
+        "dpo", "model=model", "data.train=hh.jsonl", "data.max_length=1024", "data.on_bad=drop"
     )
     assert code == 0 and "hh format" in said, said
