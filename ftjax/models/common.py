@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax import struct
 
 from ftjax.errors import UserError
-from ftjax.weights import NoisyEmbedding, Table, flatten
+from ftjax.weights import NoisyEmbedding, Table
 
 # Keys of config.json that change nothing a forward pass computes.
 IGNORED = frozenset(
@@ -233,9 +233,3 @@ class Model:
         if changes.get("remat", "none") not in REMAT:
             raise UserError(f"remat={changes['remat']!r} is unknown; one of: {', '.join(REMAT)}")
         return dataclasses.replace(self, options=dataclasses.replace(self.options, **changes))
-
-
-def matching_paths(table: Table, tree) -> None:
-    """Our own invariant: `tree` has exactly the table's paths."""
-    have, want = set(flatten(tree)), set(table.rows)
-    assert have == want, f"params tree differs from the table: {sorted(have ^ want)}"
