@@ -9,27 +9,44 @@ import numpy as np
 QUERY_BLOCK = 1024  # longer rows are taken a block of queries at a time, so that no [T, S] array exists
 
 
-def attention(q_BTNH, k_BSKH, v_BSKH, queries, keys, *, scale: float, window=None, softcap=None):
+def attention(
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    queries,
+    keys,
+    *,
+    scale: float,
+    window=None,
+    softcap: float | None = None,
+    sinks=None,
+    chunk=None,
+):
     """Grouped-query causal attention within segments, softmax in float32. Ainslie et al., arXiv:2305.13245.
 
     `queries` and `keys` are (segments, positions), int32 [B, T] and [B, S]. Query t sees key s where both are
-    in the same segment, s is not later, and, given `window`, less than `window` positions before. `window`
-    may be a traced scalar. A query that sees no key (padding) returns a finite value that means nothing.
-    Result [B, T, N, H].
+    in the same segment, s is not later, and, given `window`, less than `window` positions before; given
+    `chunk`, where both positions lie in the same run of `chunk` positions (Llama 4). Both may be traced int32
+    scalars. `sinks` [N] adds one logit a head to the softmax that carries no value (gpt-oss;
+    arXiv:2309.17453); neither `scale` nor `softcap` applies to it. A query that sees no key (padding) returns
+    a finite value that means nothing. v's head size may differ from q's and k's (MLA). Result [B, T, N, H],
+    H that of v.
     """
-    block = jax.checkpoint(_attend, static_argnums=(5, 7))
+    block = jax.checkpoint(_attend, static_argnums=(8, 9))
     T = q_BTNH.shape[1]
     if T <= QUERY_BLOCK:
-        return _attend(q_BTNH, k_BSKH, v_BSKH, queries, keys, scale, window, softcap)
+        return _attend(q_BTNH, k_BSKH, v_BSKH, sinks, queries, keys, window, chunk, scale, softcap)
     out = [
         block(
             q_BTNH[:, i : i + QUERY_BLOCK],
             k_BSKH,
             v_BSKH,
+            sinks,
             tuple(x[:, i : i + QUERY_BLOCK] for x in queries),
             keys,
-            scale,
             window,
+            chunk,
+            scale,
             softcap,
         )
         for i in range(0, T, QUERY_BLOCK)
@@ -37,13 +54,15 @@ def attention(q_BTNH, k_BSKH, v_BSKH, queries, keys, *, scale: float, window=Non
     return jnp.concatenate(out, axis=1)
 
 
-def _visible(queries, keys, window):
+def _visible(queries, keys, window, chunk):
     """The mask [B, 1, T, 1, S]."""
     (q_segments, q_positions), (k_segments, k_positions) = queries, keys
     distance_BTS = q_positions[:, :, None] - k_positions[:, None, :]
     mask_BTS = (q_segments[:, :, None] == k_segments[:, None, :]) & (distance_BTS >= 0)
     if window is not None:
         mask_BTS &= distance_BTS < window
+    if chunk is not None:
+        mask_BTS &= (q_positions // chunk)[:, :, None] == (k_positions // chunk)[:, None, :]
     return mask_BTS[:, None, :, None, :]
 
 
@@ -63,26 +82,36 @@ def _by_query(x_BKTGH):
     return x_BKTGH.transpose(0, 2, 1, 3, 4).reshape(B, T, K * G, H)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 7))
-def _attend(q_BTNH, k_BSKH, v_BSKH, queries, keys, scale, window, softcap):
-    return _attend_fwd(q_BTNH, k_BSKH, v_BSKH, queries, keys, scale, window, softcap)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
+def _attend(q_BTNH, k_BSKH, v_BSKH, sinks, queries, keys, window, chunk, scale, softcap):
+    return _attend_fwd(q_BTNH, k_BSKH, v_BSKH, sinks, queries, keys, window, chunk, scale, softcap)[0]
 
 
-def _attend_fwd(q_BTNH, k_BSKH, v_BSKH, queries, keys, scale, window, softcap):
-    q_BKTGH = _by_kv_head(q_BTNH, k_BSKH.shape[2])
+def _attend_fwd(q_BTNH, k_BSKH, v_BSKH, sinks, queries, keys, window, chunk, scale, softcap):
+    K = k_BSKH.shape[2]
+    q_BKTGH = _by_kv_head(q_BTNH, K)
     logits = _dot("BKTGH,BSKH->BKTGS", q_BKTGH, k_BSKH) * scale
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
-    logits = jnp.where(_visible(queries, keys, window), logits, -1e30)
-    exp = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    logits = jnp.where(_visible(queries, keys, window, chunk), logits, -1e30)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    sink = None
+    if sinks is not None:
+        sink = sinks.astype(jnp.float32).reshape(K, 1, -1, 1)
+        top = jnp.maximum(top, sink)
+        sink = jnp.exp(sink - top)
+    exp = jnp.exp(logits - top)
     total = jnp.sum(exp, axis=-1, keepdims=True)
+    if sink is not None:
+        total = total + sink
     exp = exp.astype(v_BSKH.dtype)
     out_BKTGH = (_dot("BKTGS,BSKH->BKTGH", exp, v_BSKH) / total).astype(q_BTNH.dtype)
-    return _by_query(out_BKTGH), (q_BKTGH, k_BSKH, v_BSKH, exp, total, out_BKTGH, queries, keys, window)
+    inputs = q_BKTGH, k_BSKH, v_BSKH, sinks, queries, keys, window, chunk
+    return _by_query(out_BKTGH), (inputs, exp, sink, total, out_BKTGH)
 
 
 def _attend_bwd(scale, softcap, residuals, g_BTNH):
-    q_BKTGH, k_BSKH, v_BSKH, exp, total, out_BKTGH, queries, keys, window = residuals
+    (q_BKTGH, k_BSKH, v_BSKH, sinks, *integers), exp, sink, total, out_BKTGH = residuals
     g_BKTGH = _by_kv_head(g_BTNH, k_BSKH.shape[2])
     # the softmax is exp / total; dividing g by total instead of exp spares a pass over [B, K, T, G, S]
     g_f32 = g_BKTGH.astype(jnp.float32) / total
@@ -96,14 +125,17 @@ def _attend_bwd(scale, softcap, residuals, g_BTNH):
     d_logits = d_logits.astype(q_BKTGH.dtype)
     dq = _by_query(_dot("BKTGS,BSKH->BKTGH", d_logits, k_BSKH))
     dk = _dot("BKTGS,BKTGH->BSKH", d_logits, q_BKTGH)
-    none = jax.tree.map(lambda x: np.zeros(np.shape(x), jax.dtypes.float0), (queries, keys, window))
+    # a sink is a key whose value is zero, so of its logit's gradient only -delta is left
+    d_sinks = None
+    if sinks is not None:
+        d_sinks = -jnp.sum(sink * delta, axis=(0, 2)).reshape(sinks.shape).astype(sinks.dtype)
+    none = jax.tree.map(lambda x: np.zeros(np.shape(x), jax.dtypes.float0), tuple(integers))
     return (
         dq.astype(q_BKTGH.dtype),
         dk.astype(k_BSKH.dtype),
         dv.astype(v_BSKH.dtype),
-        none[0],
-        none[1],
-        none[2],
+        d_sinks,
+        *none,
     )
 
 
