@@ -21,7 +21,7 @@ from flax import struct
 
 from ftjax import lora
 from ftjax.errors import UserError
-from ftjax.models import KVCache, Model
+from ftjax.models import Cache, Model
 from ftjax.weights import LoraWeight, NoisyEmbedding, is_leaf
 
 log = logging.getLogger("ftjax")
@@ -163,7 +163,7 @@ def choose(logits_BV, seen_BV, filters: Filters, n: Mapping[str, Any], ids_B, in
 class State(struct.PyTreeNode):
     """A batch between two chunks."""
 
-    cache: KVCache
+    cache: Cache
     token: jax.Array  # [B] the last one chosen, not yet in the cache
     position: jax.Array  # [B] its position
     left: jax.Array  # [B] tokens the row may still make
@@ -216,19 +216,10 @@ class _Programs:
         row = jnp.arange(T, dtype=jnp.int32)[None]
         return self.model(params, tokens_T[None], row, jnp.ones((1, T), jnp.int32), cache)[1]
 
-    def _spread(self, size: tuple[int, int], prefix: KVCache | None):
+    def _spread(self, size: tuple[int, int], prefix: Cache | None):
         """An empty cache of `size` (rows, slots), its first slots those of `prefix`."""
         cache = self.model.init_cache(*size)
-        if prefix is None:
-            return cache
-        P = prefix.segments.shape[1]
-        return KVCache(
-            k=cache.k.at[:, :, :P].set(prefix.k),
-            v=cache.v.at[:, :, :P].set(prefix.v),
-            segments=cache.segments.at[:, :P].set(prefix.segments),
-            positions=cache.positions.at[:, :P].set(prefix.positions),
-            length=prefix.length,
-        )
+        return cache if prefix is None else cache.begin(prefix)
 
     def _prefill(self, filters, params, state: State, tokens_BT, positions_BT, eos, n):
         segments_BT = (positions_BT >= 0).astype(jnp.int32)
@@ -482,6 +473,8 @@ class Generator:
 
     def _prefix(self, tokens: list[list[int]], share: bool):
         """(the cache of what all prompts begin with or None, seconds)."""
+        if self.model.recurrent:  # the pads after a shared beginning would be in the way
+            share = False
         n = common_prefix(tokens) if share and len(tokens) > 1 else 0
         if n < MIN_PREFIX:
             return None, 0.0

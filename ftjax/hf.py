@@ -30,11 +30,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from ftjax import gguf
+from ftjax import gguf, lora
 from ftjax.errors import UserError
 from ftjax.lora import Plan
 from ftjax.models import Model
-from ftjax.weights import Table, flatten, from_hf, hf_shape, unflatten
+from ftjax.weights import Table, flatten, from_hf, hf_shape, to_hf_one, unflatten
 
 # safetensors' names of the dtypes that weights may have, and of those that only quantised ones have
 FLOATS: Mapping[str, np.dtype] = {
@@ -449,51 +449,54 @@ def load_params(
 
 
 def _load_leaf(source: Source, table: Table, path: str, dtype: np.dtype, sharding, pool) -> jax.Array:
-    shape, stacked = table.shape(path), table.layers(path) is not None
+    shape, apart, names = table.shape(path), table.apart(path), table.names(path)
+    n = len(apart)
+    at = list(np.ndindex(apart))  # where in the leaf each tensor goes
     where = {
-        device: tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+        device: tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
         for device, index in sharding.addressable_devices_indices_map(shape).items()
     }
 
-    def read(i: int, name: str, outs) -> None:
-        """Fill {bounds of a shard: its part of layer i}."""
-        x = from_hf(table, path, source.get(name))
-        for bounds, out in outs.items():
-            index = tuple(slice(*b) for b in bounds[stacked:])
-            _copy(out, x[index], len(table.ins(path)))
-        source.release(name)
+    def holds(bounds, i: int) -> bool:
+        return all(first <= x < last for x, (first, last) in zip(at[i], bounds[:n], strict=True))
 
-    names = table.names(path)
-    if not stacked or all(device.platform in HOST for device in where):
+    def inside(bounds, i: int) -> tuple[int, ...]:
+        return tuple(x - first for x, (first, _) in zip(at[i], bounds[:n], strict=True))
+
+    def read(i: int, outs) -> None:
+        """Fill {bounds of a shard: its part of tensor i}."""
+        x = from_hf(table, path, source.get(names[i]))
+        for bounds, out in outs.items():
+            part = x[tuple(slice(*b) for b in bounds[n:])]
+            for matrix in np.ndindex(part.shape[: len(table.together(path))]):
+                _copy(out[matrix], part[matrix], len(table.ins(path)))
+        source.release(names[i])
+
+    if n == 0 or all(device.platform in HOST for device in where):
         # On CPU device_put takes no copy: an aligned buffer that nobody else holds becomes the array.
         buffers = {bounds: aligned_empty(_extent(bounds), dtype) for bounds in set(where.values())}
-        jobs = []
-        for i, name in enumerate(names):
-            outs = (
-                {k: x[i - k[0][0]] for k, x in buffers.items() if k[0][0] <= i < k[0][1]}
-                if stacked
-                else buffers
-            )
-            jobs.append(pool.submit(read, i, name, outs))
+        jobs = [
+            pool.submit(read, i, {k: x[inside(k, i)] for k, x in buffers.items() if holds(k, i)})
+            for i in range(len(names))
+        ]
         for job in jobs:
             job.result()
         shards = [jax.device_put(buffers[bounds], device) for device, bounds in where.items()]
     else:
-        # Elsewhere the host holds a few layers at a time, not the whole stack.
+        # Elsewhere the host holds a few tensors at a time, not the whole stack.
         parts = {device: jnp.zeros(_extent(bounds), dtype, device=device) for device, bounds in where.items()}
         jobs = collections.deque()
         for i in range(len(names) + THREADS):
             if i < len(names):
-                bounds = {k for k in where.values() if k[0][0] <= i < k[0][1]}
-                outs = {k: aligned_empty(_extent(k[1:]), dtype) for k in bounds}
-                jobs.append((i, outs, pool.submit(read, i, names[i], outs)))
+                outs = {k: aligned_empty(_extent(k[n:]), dtype) for k in set(where.values()) if holds(k, i)}
+                jobs.append((i, outs, pool.submit(read, i, outs)))
             if i >= THREADS - 1 and jobs:
-                layer, outs, job = jobs.popleft()
+                which, outs, job = jobs.popleft()
                 job.result()
                 for device, k in where.items():
                     if k in outs:
                         one = jax.device_put(outs[k], device)
-                        parts[device] = _set_layer(parts[device], one, layer - k[0][0])
+                        parts[device] = _set_part(parts[device], one, inside(k, which))
                 jax.block_until_ready(list(parts.values()))
         shards = list(parts.values())
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
@@ -504,8 +507,9 @@ def _extent(bounds) -> tuple[int, ...]:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _set_layer(stack, layer, i):
-    return jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)
+def _set_part(stack, part, at):
+    part = part.reshape((1,) * len(at) + part.shape)
+    return jax.lax.dynamic_update_slice(stack, part, (*at, *(0,) * (part.ndim - len(at))))
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -704,23 +708,17 @@ class _Tuned:
 
     def __call__(self, name: str):
         path, i = self.where[name]
-        row, ins, outs = self.table.rows[path], self.table.ins(path), self.table.outs(path)
+        table, apart = self.table, self.table.apart(path)
+        at = np.unravel_index(i, apart) if apart else ()
         if self.params is not None:
-            x = self.params[path]
-            x = x if self.table.layers(path) is None else x[i]
-            return None, row.layout.save(np.asarray(x), ins, outs)
+            return None, to_hf_one(table, path, np.asarray(self.params[path][at]))
         adapted = self.plan.get(path)
-        if adapted is None or adapted.ranks[i] == 0:
+        if adapted is None or not np.any(np.reshape(adapted.ranks, adapted.lead)[at]):
             return None, self.source.get(name)
-        a, b = self.factors[path + "/a"], self.factors[path + "/b"]
-        if adapted.stacked:
-            a, b = a[i], b[i]
-        rank = adapted.ranks[i]
-        a = a.reshape(math.prod(ins), -1)[:, :rank].astype(np.float32)
-        b = b.reshape(-1, math.prod(outs))[:rank].astype(np.float32)
         base = self.source.get(name).astype(np.float32)
-        delta = row.layout.save((a @ b * np.float32(adapted.scales[i])).reshape(*ins, *outs), ins, outs)
-        return base, base + delta
+        scale = np.reshape(np.array(adapted.scales, np.float32), adapted.lead)[at]
+        delta = lora.delta(self.factors[path + "/a"][at], self.factors[path + "/b"][at], scale, np)
+        return base, base + to_hf_one(table, path, delta)
 
 
 @contextlib.contextmanager

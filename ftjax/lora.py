@@ -9,14 +9,14 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ftjax.errors import UserError
-from ftjax.weights import LOOKUP, LoraWeight, Table, flatten, is_leaf, path_key, unflatten
+from ftjax.weights import LoraWeight, Table, flatten, is_leaf, module_of, path_key, unflatten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +66,12 @@ def _compiled(pattern: str, where: str) -> re.Pattern:
 
 @dataclasses.dataclass(frozen=True)
 class Adapted:
-    """One adapted weight: rank and scale of each of its layers (one entry where it is not stacked); a layer
-    of rank 0 is left alone. Factors are stored at the largest rank, the rest zero."""
+    """One adapted weight: rank and scale of each of its matrices (`lead` is their arrangement: layers,
+    experts); one of rank 0 is left alone. Factors are stored at the largest rank, the rest zero."""
 
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
-    stacked: bool
+    lead: tuple[int, ...]
 
     @property
     def rank(self) -> int:
@@ -83,19 +83,20 @@ Plan = dict[str, Adapted]  # path -> how it is adapted
 
 def plan(config: LoraConfig, table: Table) -> Plan:
     """Match the config against every linear layer of `table`. UserError where something matches nothing."""
-    linear = {path: row for path, row in table.rows.items() if row.ins and row.layout is not LOOKUP}
+    linear = {path: row for path, row in table.rows.items() if row.ins and row.role != "lookup"}
     layers = config.layers_to_transform
     layers = (layers,) if isinstance(layers, int) else layers
     used_targets: set[str] = set()
     used_patterns: set[str] = set()
     chosen = {}
     for path in linear:
-        stack = table.layers(path)
+        stack, names = table.layers(path), table.names(path)
+        each = len(names) // len(stack or (0,))  # tensors a layer
         ranks, scales = [], []
-        for index, name in enumerate(table.names(path)):
-            module = name.rpartition(".")[0]
-            hit = _target(config.target_modules, module, is_head=path == "lm_head")
-            if hit is None or (layers is not None and (stack is None or stack[index] not in layers)):
+        for index, name in enumerate(names):
+            module = module_of(name)
+            hit = _target(config.target_modules, module, linear[path].role)
+            if hit is None or (layers is not None and (stack is None or stack[index // each] not in layers)):
                 ranks.append(0)
                 scales.append(0.0)
                 continue
@@ -106,14 +107,16 @@ def plan(config: LoraConfig, table: Table) -> Plan:
             ranks.append(r)
             scales.append(alpha / math.sqrt(r) if config.use_rslora else alpha / r)
         if any(ranks):
-            chosen[path] = Adapted(tuple(ranks), tuple(scales), stack is not None)
+            same = math.prod(table.together(path))  # matrices in one tensor
+            ranks, scales = (tuple(x for x in y for _ in range(same)) for y in (ranks, scales))
+            chosen[path] = Adapted(ranks, scales, table.lead(path))
     modules = sorted({row.module.rpartition(".")[2] for row in linear.values()})
     if layers is not None and any(i not in range(table.sizes["L"]) for i in layers):
         raise UserError(f"lora.layers_to_transform={layers}: the model's layers are 0…{table.sizes['L'] - 1}")
     if not chosen:
         raise UserError(
             f"lora.target_modules={config.target_modules!r} matches no linear layer; the model's are "
-            f"{', '.join(modules)} (full paths like {next(iter(linear.values())).module.format(layer=0)})"
+            f"{', '.join(modules)} (full paths like {next(iter(linear.values())).module.format(layer=0, expert=0)})"
         )
     if not isinstance(config.target_modules, str):
         for target in config.target_modules:
@@ -129,10 +132,10 @@ def plan(config: LoraConfig, table: Table) -> Plan:
     return chosen
 
 
-def _target(targets, module: str, is_head: bool) -> str | None:
+def _target(targets, module: str, role: str) -> str | None:
     """The target that `module` matches, by PEFT's rules (check_target_module_exists)."""
     if targets == "all-linear":
-        return None if is_head else targets
+        return targets if role == "linear" else None
     if isinstance(targets, str):
         return targets if re.fullmatch(targets, module) else None
     return next((t for t in targets if module == t or module.endswith("." + t)), None)
@@ -148,8 +151,9 @@ def _pattern(patterns: Mapping, module: str, default):
 
 
 def _live(adapted: Adapted) -> np.ndarray:
-    """[L, R] (or [1, R]): 1 where a rank component is used, 0 where it pads."""
-    return (np.arange(adapted.rank) < np.array(adapted.ranks)[:, None]).astype(np.float32)
+    """[*lead, R]: 1 where a rank component is used, 0 where it pads."""
+    live = np.arange(adapted.rank) < np.array(adapted.ranks)[:, None]
+    return live.astype(np.float32).reshape(*adapted.lead, adapted.rank)
 
 
 def init(key: jax.Array, plan: Plan, table: Table) -> dict:
@@ -161,7 +165,7 @@ def init(key: jax.Array, plan: Plan, table: Table) -> dict:
         bound = math.prod(ins) ** -0.5
         a = jax.random.uniform(path_key(key, path), (*lead, *ins, adapted.rank), jnp.float32, -bound, bound)
         live = _live(adapted)
-        live = live.reshape(*lead, *(1,) * len(ins), -1) if lead else live[0]
+        live = live.reshape(*lead, *(1,) * len(ins), -1)
         flat[path + "/a"] = a * live
         flat[path + "/b"] = jnp.zeros((*lead, adapted.rank, *outs), jnp.float32)
     return unflatten(flat)
@@ -176,7 +180,7 @@ def axes(plan: Plan, table: Table) -> dict:
     """{path: axis letters} of the trainable tree, for sharding: "LDR" and "LRNH"."""
     flat = {}
     for path in plan:
-        row, lead = table.rows[path], "L" if table.lead(path) else ""
+        row, lead = table.rows[path], table.lead_dims(path)
         flat[path + "/a"] = lead + row.ins + "R"
         flat[path + "/b"] = lead + "R" + row.outs
     return flat
@@ -187,23 +191,29 @@ def attach(base: dict, adapters: dict, plan: Plan, *, rng: jax.Array | None = No
     flat, factors = flatten(base), flatten(adapters)
     for path, adapted in plan.items():
         a, b = factors[path + "/a"], factors[path + "/b"]
-        scale, key = jnp.array(adapted.scales, jnp.float32), None
+        scale, key = jnp.array(adapted.scales, jnp.float32).reshape(adapted.lead), None
         if rng is not None and dropout:
-            key = jax.random.split(path_key(rng, path), len(adapted.scales))
-        if not adapted.stacked:
-            scale, key = scale[0], None if key is None else key[0]
+            key = path_key(rng, path)
+            key = jax.random.split(key, adapted.lead[0]) if adapted.lead else key
         flat[path] = LoraWeight(flat[path], a, b, scale, key, dropout)
     return unflatten(flat)
+
+
+def delta(a, b, scale, xp: Any = jnp):
+    """scale · a b in float32 with the axes of the weight; `scale` has the axes that count matrices. `xp` is
+    numpy where the arrays are."""
+    lead = scale.ndim
+    ins, outs = a.shape[lead:-1], b.shape[lead + 1 :]
+    a = a.reshape(*a.shape[:lead], -1, a.shape[-1]).astype(xp.float32)
+    b = b.reshape(*b.shape[: lead + 1], -1).astype(xp.float32)
+    ab = xp.matmul(a, b) if xp is np else jnp.matmul(a, b, precision="highest")
+    return (ab * scale.reshape(scale.shape + (1, 1))).reshape(*a.shape[:lead], *ins, *outs)
 
 
 def merged(w: LoraWeight, base=None) -> jax.Array:
     """base + scale · a b in float32, then in the dtype of `base` (w.base unless given)."""
     base = w.base if base is None else base
-    lead = w.scale.ndim  # 1 for a stacked leaf
-    a = w.a.reshape(*w.a.shape[:lead], -1, w.a.shape[-1]).astype(jnp.float32)
-    b = w.b.reshape(*w.b.shape[: lead + 1], -1).astype(jnp.float32)
-    delta = jnp.matmul(a, b, precision="highest") * w.scale.reshape(w.scale.shape + (1, 1))
-    return (base.astype(jnp.float32) + delta.reshape(base.shape)).astype(base.dtype)
+    return (base.astype(jnp.float32) + delta(w.a, w.b, w.scale)).astype(base.dtype)
 
 
 def merge(tree) -> dict:

@@ -21,7 +21,7 @@ import optax
 from optax import contrib
 
 from ftjax.errors import UserError
-from ftjax.weights import LOOKUP, Table, flatten, unflatten
+from ftjax.weights import Table, flatten, unflatten
 
 Schedule = Callable[[Any], jax.Array]  # step, from 0 -> learning rate
 
@@ -175,15 +175,14 @@ def geometry(path: str, ndim: int, table: Table | None) -> Geometry:
         return Geometry(0, 1, kind or "linear") if ndim > 1 else Geometry(0, 0, "vector")
     assert table is not None
     stack = len(table.lead(row_path if kind else path))
-    experts = sum(letter == "E" for letter in row.ins)  # one matrix an expert
     if kind == "a":
-        return Geometry(stack + experts, len(row.ins) - experts, "a")
+        return Geometry(stack, len(row.ins), "a")
     if kind == "b":
         return Geometry(stack, 1, "b")
     if not row.ins:
         return Geometry(stack, 0, "vector")
-    name = "lookup" if row.layout is LOOKUP else "head" if path == "lm_head" else "linear"
-    return Geometry(stack + experts, len(row.ins) - experts, name)
+    name = row.role if row.role in ("lookup", "head") else "linear"
+    return Geometry(stack, len(row.ins), name)
 
 
 def make_optimizer(

@@ -19,7 +19,7 @@ from ftjax import hf, lora
 from ftjax.errors import UserError
 from ftjax.lora import LoraConfig, Plan
 from ftjax.models import Model
-from ftjax.weights import LOOKUP, Table, flatten, unflatten
+from ftjax.weights import Table, flatten, module_of, unflatten
 
 log = logging.getLogger("ftjax")
 WEIGHTS, CONFIG, OWN = "adapter_model.safetensors", "adapter_config.json", "ftjax.json"
@@ -104,9 +104,9 @@ def _portable(config: LoraConfig, plan: Plan, factors):
     for path, adapted in plan.items():
         a, b = factors[path + "/a"], factors[path + "/b"]
         scale = np.array(adapted.scales, np.float32)
-        b = b * (scale.reshape(-1, *(1,) * (b.ndim - 1)) if adapted.stacked else scale[0])
+        axis = len(adapted.lead)
+        b = b * scale.reshape(*adapted.lead, *(1,) * (b.ndim - axis))
         pad = rank - adapted.rank
-        axis = 1 if adapted.stacked else 0
         flat[path + "/a"] = np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, pad)])
         flat[path + "/b"] = np.pad(b, [(0, pad) if i == axis else (0, 0) for i in range(b.ndim)])
         ranks = tuple(rank if r else 0 for r in adapted.ranks)
@@ -121,11 +121,10 @@ def _to_peft(plan: Plan, factors, table: Table) -> dict[str, np.ndarray]:
     out = {}
     for path, adapted in plan.items():
         a, b = factors[path + "/a"], factors[path + "/b"]
-        if not adapted.stacked:
-            a, b = a[None], b[None]
+        a, b = (x.reshape(-1, *x.shape[len(adapted.lead) :]) for x in (a, b))
         for name, rank, a_l, b_l in zip(table.names(path), adapted.ranks, a, b, strict=True):
             if rank:
-                key = PREFIX + name.rpartition(".")[0]
+                key = PREFIX + module_of(name)
                 out[key + ".lora_A.weight"] = np.ascontiguousarray(a_l.reshape(-1, a_l.shape[-1]).T[:rank])
                 out[key + ".lora_B.weight"] = np.ascontiguousarray(b_l.reshape(len(b_l), -1)[:rank].T)
     return out
@@ -174,7 +173,7 @@ def _config_fields(config: LoraConfig, plan: Plan, table: Table) -> dict[str, An
 def _modules(plan: Plan, table: Table) -> list[str]:
     """Full paths of the adapted modules."""
     return [
-        name.rpartition(".")[0]
+        module_of(name)
         for path, adapted in plan.items()
         for name, rank in zip(table.names(path), adapted.ranks, strict=True)
         if rank
@@ -212,9 +211,9 @@ def _read_config(path: Path, table: Table) -> LoraConfig:
         if key in raw and raw[key] not in allowed:
             raise UserError(f"{path}: {key}={raw[key]!r} is not supported; supported: {allowed[0]!r}")
     modules = [
-        name.rpartition(".")[0]
+        module_of(name)
         for name_path, row in table.rows.items()
-        if row.ins and row.layout is not LOOKUP
+        if row.ins and row.role != "lookup"
         for name in table.names(name_path)
     ]
     targets, layers = raw.get("target_modules"), raw.get("layers_to_transform")
@@ -299,10 +298,9 @@ def _read_weights(folder: Path, plan: Plan, table: Table) -> dict:
         b = np.zeros((layers, adapted.rank, math.prod(outs)), np.float32)
         for i, (name, rank) in enumerate(zip(table.names(row), adapted.ranks, strict=True)):
             if rank:
-                key = PREFIX + name.rpartition(".")[0]
+                key = PREFIX + module_of(name)
                 a[i, :, :rank] = get(key + ".lora_A.weight", (rank, math.prod(ins))).T
                 b[i, :rank] = get(key + ".lora_B.weight", (math.prod(outs), rank)).T
-        lead = (layers,) if adapted.stacked else ()
-        flat[row + "/a"] = a.reshape(*lead, *ins, adapted.rank)
-        flat[row + "/b"] = b.reshape(*lead, adapted.rank, *outs)
+        flat[row + "/a"] = a.reshape(*adapted.lead, *ins, adapted.rank)
+        flat[row + "/b"] = b.reshape(*adapted.lead, adapted.rank, *outs)
     return unflatten(flat)

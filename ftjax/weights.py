@@ -2,16 +2,17 @@
 
 A model file declares rows `path -> Weight`. A row's axes give the array's shape, its sharding, its layout in
 a Hugging Face checkpoint and the LoRA factors that fit it. The leaf types that may stand in a parameter tree
-in place of an array live here too; `ops.linear` is the one place that computes with them.
+in place of an array live here too; `ops.linear` and `ops.moe` are the places that compute with them.
 
 Axis letters: B batch, T query length, S key length, D hidden_size, N query heads, K key/value heads, G = N/K,
 H head_dim, F intermediate_size, V vocab_size, L layers, E experts, R LoRA rank, A microbatches, X local and
-said."""
+said; a family may give others a meaning in its table's sizes."""
 
 import dataclasses
+import functools
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,105 +27,217 @@ from jax.sharding import NamedSharding, PartitionSpec
 class Layout:
     """A named pair of inverse functions between a checkpoint's array and ours.
 
-    `load(x, ins, outs)` and `save(x, ins, outs)` take one layer's array and the two shapes of the row.
+    `load(x, lead, ins, outs)` and `save(x, lead, ins, outs)` take one checkpoint tensor and three shapes: the
+    axes of separate matrices that the tensor holds (experts kept in one tensor), the row's inputs and
+    outputs.
     """
 
     name: str
-    load: Callable[[np.ndarray, tuple, tuple], np.ndarray]
-    save: Callable[[np.ndarray, tuple, tuple], np.ndarray]
+    load: Callable[[np.ndarray, tuple, tuple, tuple], np.ndarray]
+    save: Callable[[np.ndarray, tuple, tuple, tuple], np.ndarray]
 
 
-def _load_linear(x, ins, outs):
-    x = x.reshape(*outs, *ins)
-    return x.transpose(*range(len(outs), x.ndim), *range(len(outs)))
+def _load_linear(x, lead, ins, outs):
+    n = len(lead)
+    x = x.reshape(*lead, *outs, *ins)
+    return x.transpose(*range(n), *range(n + len(outs), x.ndim), *range(n, n + len(outs)))
 
 
-def _save_linear(x, ins, outs):
-    x = x.transpose(*range(len(ins), x.ndim), *range(len(ins)))
-    return x.reshape(math.prod(outs), math.prod(ins))
+def _save_linear(x, lead, ins, outs):
+    n = len(lead)
+    x = x.transpose(*range(n), *range(n + len(ins), x.ndim), *range(n, n + len(ins)))
+    return x.reshape(*lead, math.prod(outs), math.prod(ins))
+
+
+def _load_plain(x, lead, ins, outs):
+    return x.reshape(*lead, *ins, *outs)
 
 
 LINEAR = Layout("linear", _load_linear, _save_linear)  # torch.nn.Linear keeps [out, in], we keep [*in, *out]
-LOOKUP = Layout(  # an embedding table: [in, out] on both sides
-    "lookup",
-    lambda x, ins, outs: x.reshape(*ins, *outs),
-    lambda x, ins, outs: x.reshape(math.prod(ins), math.prod(outs)),
+IN_OUT = Layout(  # a matrix kept [in, out]: GPT-2's Conv1D, experts of one parameter
+    "in_out", _load_plain, lambda x, lead, ins, outs: x.reshape(*lead, math.prod(ins), math.prod(outs))
 )
+LOOKUP = dataclasses.replace(IN_OUT, name="lookup")  # an embedding table: a row for each input
 VECTOR = Layout(  # a norm's scale or a bias: flat in the checkpoint
-    "vector", lambda x, ins, outs: x.reshape(outs), lambda x, ins, outs: x.reshape(-1)
+    "vector", _load_plain, lambda x, lead, ins, outs: x.reshape(*lead, math.prod(outs))
 )
+DEPTHWISE = Layout(  # torch.nn.Conv1d with a filter a channel: [channels, 1, width]; axes "CX"
+    "depthwise", _load_plain, lambda x, lead, ins, outs: x.reshape(*lead, outs[0], 1, outs[1])
+)
+SCALAR = Layout("scalar", _load_plain, lambda x, lead, ins, outs: x.reshape(1))  # axes "": one number
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One parameter. `axes` is "in->out" ("D->NH") or just "out" for a vector.
+    """One parameter. `axes` is "in->out" ("D->NH"), or just "out" for a vector; letters before a colon
+    ("E:D->F") count separate matrices.
 
-    `hf` is its name in the checkpoint, `{layer}` standing for the layer's index. `layout` is LINEAR for a
-    matrix and VECTOR for a vector unless said."""
+    `hf` is its name in the checkpoint, `{layer}` standing for the layer's index and `{expert}` for the
+    expert's where each has a tensor of its own. `layout` is LINEAR for a matrix and VECTOR for a vector unless
+    said. `role` is "linear", "router", "lookup", "head" or "vector", and decides what LoRA's "all-linear" and
+    the optimisers' groups take it for.
+
+    `torch` is the parameter's name in the module that transformers builds, where that differs from `hf`;
+    `part` = (i, n) says that the row is the i-th of n equal parts of that parameter's outputs."""
 
     axes: str
     hf: str
     layout: Layout = None  # type: ignore[assignment]
     init: str = "normal"  # or "ones", "zeros"
+    role: str = ""
+    torch: str = ""
+    part: tuple[int, int] = (0, 1)
 
     def __post_init__(self):
+        matrix = "->" in self.axes
         if self.layout is None:
-            object.__setattr__(self, "layout", LINEAR if "->" in self.axes else VECTOR)
+            object.__setattr__(self, "layout", LINEAR if matrix else VECTOR)
+        if not self.role:
+            role = "vector" if not matrix else "lookup" if self.layout is LOOKUP else "linear"
+            object.__setattr__(self, "role", role)
+        if not self.torch:
+            object.__setattr__(self, "torch", self.hf)
+
+    @property
+    def many(self) -> str:
+        return self.axes.partition(":")[0] if ":" in self.axes else ""
 
     @property
     def ins(self) -> str:
-        return self.axes.partition("->")[0] if "->" in self.axes else ""
+        return self.axes.rpartition(":")[2].partition("->")[0] if "->" in self.axes else ""
 
     @property
     def outs(self) -> str:
-        return self.axes.rpartition("->")[2]
+        return self.axes.rpartition(":")[2].rpartition("->")[2]
 
     @property
     def module(self) -> str:
-        """The torch module that owns it: the checkpoint name less `.weight` or `.bias`."""
-        return self.hf.rpartition(".")[0]
+        """The module that LoRA's settings name: the checkpoint name less `.weight`."""
+        return module_of(self.hf)
+
+
+def module_of(name: str) -> str:
+    """A parameter's module, or the parameter itself where it has a name of its own in a module of several."""
+    return name.removesuffix(".weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Consecutive layers whose kinds repeat with a period, looped over as one: `blocks` are (prefix of the
+    paths, kind) of each layer in a period, `layers[i]` the checkpoint's layers stacked under blocks[i]."""
+
+    name: str
+    blocks: tuple[tuple[str, str], ...]
+    layers: tuple[tuple[int, ...], ...]
+
+    @property
+    def length(self) -> int:
+        return len(self.layers[0])
+
+
+def find_runs(kinds: Sequence[str]) -> tuple[Run, ...]:
+    """The layers, given the kind of each, cut into the runs with the fewest blocks to compile.
+
+    Layers all of one kind are one run; a dense beginning and experts after it are two; three of one kind
+    before each of another are one run of period four, and what is left at the end a run of its own.
+    """
+    n = len(kinds)
+    # best[i] = (blocks to compile, runs, (period, repeats) of the first run) for kinds[i:]
+    best: list[tuple[int, int, tuple[int, int]]] = [(0, 0, (0, 0))] * (n + 1)
+    for i in reversed(range(n)):
+        options = []
+        for period in range(1, min(16, n - i) + 1):
+            repeats = 1
+            while kinds[i + repeats * period : i + (repeats + 1) * period] == kinds[i : i + period]:
+                repeats += 1
+            blocks, runs, _ = best[i + period * repeats]
+            options.append((period + blocks, 1 + runs, (period, repeats)))
+        best[i] = min(options)
+    out, i, used = [], 0, {}
+    while i < n:
+        period, repeats = best[i][2]
+        pattern = list(kinds[i : i + period])
+        name = pattern[0] if period == 1 else "period" if repeats > 1 else "tail"
+        used[name] = used.get(name, 0) + 1
+        name += str(used[name]) if used[name] > 1 else ""
+        inner = [k if pattern.count(k) == 1 else f"{k}_{j}" for j, k in enumerate(pattern)]
+        prefixes = [f"{name}/"] if period == 1 else [f"{name}/{x}/" for x in inner]
+        layers = tuple(tuple(range(i + j, i + period * repeats, period)) for j in range(period))
+        out.append(Run(name, tuple(zip(prefixes, pattern, strict=True)), layers))
+        i += period * repeats
+    return tuple(out)
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """The rows of one model with the numbers that its letters stand for.
-
-    `stacks` names the prefixes whose rows are stacked over layers and the layers that each covers, in order:
-    {"layers/": (0, 1, …)}.
-    """
+    """The rows of one model with the numbers that its letters stand for, and the runs that its stacked rows
+    belong to."""
 
     rows: Mapping[str, Weight]
     sizes: Mapping[str, int]
-    stacks: Mapping[str, tuple[int, ...]]
+    runs: tuple[Run, ...] = ()
+
+    @functools.cached_property
+    def stacks(self) -> dict[str, tuple[int, ...]]:
+        """{prefix: the checkpoint's layers stacked under it}."""
+        return {
+            prefix: layers
+            for run in self.runs
+            for (prefix, _), layers in zip(run.blocks, run.layers, strict=True)
+        }
 
     def layers(self, path: str) -> tuple[int, ...] | None:
         """The checkpoint layers stacked in `path`, None where it is not stacked."""
-        return next((layers for prefix, layers in self.stacks.items() if path.startswith(prefix)), None)
+        return self.stacks.get(path.rpartition("/")[0] + "/")
 
     def dims(self, path: str) -> str:
         """Axis letters of the stored array, in order: "LDNH" for a stacked "D->NH"."""
         row = self.rows[path]
-        return ("" if self.layers(path) is None else "L") + row.ins + row.outs
+        return self.lead_dims(path) + row.ins + row.outs
+
+    def lead_dims(self, path: str) -> str:
+        """Letters of the axes that count separate matrices: "L", "LE", ""."""
+        return ("" if self.layers(path) is None else "L") + self.rows[path].many
+
+    def _shape(self, letters: str) -> tuple[int, ...]:
+        return tuple(self.sizes[x] for x in letters)
 
     def ins(self, path: str) -> tuple[int, ...]:
-        return tuple(self.sizes[x] for x in self.rows[path].ins)
+        return self._shape(self.rows[path].ins)
 
     def outs(self, path: str) -> tuple[int, ...]:
-        return tuple(self.sizes[x] for x in self.rows[path].outs)
+        return self._shape(self.rows[path].outs)
 
     def lead(self, path: str) -> tuple[int, ...]:
+        """Shape of the axes that count separate matrices."""
         layers = self.layers(path)
-        return () if layers is None else (len(layers),)
+        return (() if layers is None else (len(layers),)) + self._shape(self.rows[path].many)
+
+    def together(self, path: str) -> tuple[int, ...]:
+        """Those of `lead` that one checkpoint tensor holds."""
+        row = self.rows[path]
+        return () if "{expert}" in row.hf else self._shape(row.many)
+
+    def apart(self, path: str) -> tuple[int, ...]:
+        """Those of `lead` over which the checkpoint keeps separate tensors."""
+        lead = self.lead(path)
+        return lead[: len(lead) - len(self.together(path))]
 
     def shape(self, path: str) -> tuple[int, ...]:
         return self.lead(path) + self.ins(path) + self.outs(path)
 
     def names(self, path: str) -> list[str]:
-        """The checkpoint names that `path` holds, in the order of its stack."""
+        """The checkpoint names that `path` holds, in the order of `apart`."""
+        return self._names(path, self.rows[path].hf, "{expert}" in self.rows[path].hf)
+
+    def torch_names(self, path: str) -> list[str]:
+        """The parameter in transformers' module for each of `names`."""
+        return self._names(path, self.rows[path].torch, "{expert}" in self.rows[path].hf)
+
+    def _names(self, path: str, name: str, experts: bool) -> list[str]:
         layers = self.layers(path)
-        return (
-            [self.rows[path].hf] if layers is None else [self.rows[path].hf.format(layer=i) for i in layers]
-        )
+        each = range(math.prod(self._shape(self.rows[path].many))) if experts else (0,)
+        return [name.format(layer=i, expert=e) for i in layers or (0,) for e in each]
 
     def count(self) -> int:
         """Number of parameters."""
@@ -133,24 +246,26 @@ class Table:
 
 def hf_shape(table: Table, path: str) -> tuple[int, ...]:
     """Shape that one checkpoint tensor of `path` must have."""
-    row = table.rows[path]
-    probe = np.broadcast_to(np.zeros((), np.int8), table.ins(path) + table.outs(path))
-    return row.layout.save(probe, table.ins(path), table.outs(path)).shape
+    shapes = table.together(path), table.ins(path), table.outs(path)
+    probe = np.broadcast_to(np.zeros((), np.int8), sum(shapes, ()))
+    return table.rows[path].layout.save(probe, *shapes).shape
 
 
 def from_hf(table: Table, path: str, x: np.ndarray) -> np.ndarray:
-    """One layer of `path` in our layout, from its checkpoint tensor."""
-    return table.rows[path].layout.load(x, table.ins(path), table.outs(path))
+    """What one checkpoint tensor of `path` holds, in our layout."""
+    return table.rows[path].layout.load(x, table.together(path), table.ins(path), table.outs(path))
+
+
+def to_hf_one(table: Table, path: str, x: np.ndarray) -> np.ndarray:
+    """One checkpoint tensor of `path`. Inverse of from_hf."""
+    return table.rows[path].layout.save(x, table.together(path), table.ins(path), table.outs(path))
 
 
 def to_hf(table: Table, path: str, x) -> dict[str, np.ndarray]:
-    """{checkpoint name: array} of the whole of `path`. Inverse of from_hf."""
-    save = table.rows[path].layout.save
-    layers = [x] if table.layers(path) is None else list(x)
-    return {
-        name: save(np.asarray(one), table.ins(path), table.outs(path))
-        for name, one in zip(table.names(path), layers, strict=True)
-    }
+    """{checkpoint name: array} of the whole of `path`."""
+    x = np.asarray(x)
+    parts = x.reshape(-1, *x.shape[len(table.apart(path)) :])
+    return {name: to_hf_one(table, path, one) for name, one in zip(table.names(path), parts, strict=True)}
 
 
 def path_key(key: jax.Array, path: str) -> jax.Array:
@@ -166,7 +281,7 @@ def init(key: jax.Array, table: Table, dtype=jnp.float32) -> dict:
         shape = table.shape(path)
         if row.init != "normal":
             return jnp.full(shape, float(row.init == "ones"), dtype)
-        std = 0.02 if row.layout is LOOKUP else math.prod(table.ins(path)) ** -0.5
+        std = 0.02 if row.role == "lookup" else max(math.prod(table.ins(path)), 1) ** -0.5
         return (std * jax.random.normal(path_key(key, path), shape)).astype(dtype)
 
     return unflatten_dict({path: one(path, row) for path, row in table.rows.items()}, sep="/")
@@ -189,8 +304,8 @@ def shardings(table: Table, rules: Mapping[str, Any], mesh) -> dict:
 class LoraWeight(struct.PyTreeNode):
     """A frozen weight [*in, *out] with factors a [*in, R], b [R, *out]: acts as base + scale · a b.
 
-    Stacked leaves carry a leading L everywhere; `scale` is then [L]. With `rng` (a key a layer) the input of
-    the a·b branch is dropped out at rate `dropout`."""
+    Axes that count separate matrices (layers, experts) lead everywhere, and are all of `scale`'s. With `rng`
+    (a key a layer) the input of the a·b branch is dropped out at rate `dropout`."""
 
     base: Any
     a: jax.Array

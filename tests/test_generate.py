@@ -151,7 +151,7 @@ def test_decoding_does_not_copy_the_cache():
     data = (np.zeros(1, np.int32), generate.numbers(GREEDY), np.int32(4))
     args = Filters.of(GREEDY), weights.abstract(m.table), state, *data
     used = programs.decode.function.lower(*args).compile().memory_analysis()
-    whole = cache.k.size * cache.k.dtype.itemsize
+    whole = cache.states["layers/"].k.size * cache.states["layers/"].k.dtype.itemsize
     assert used.temp_size_in_bytes < whole, "a copy of the keys or values of all layers"
     assert used.alias_size_in_bytes > 2 * whole, "the cache is not updated in place"
 

@@ -39,10 +39,9 @@ def live(plan, adapters):
         leaf = adapters
         for part in path.split("/"):
             leaf = leaf[part]
-        mask = np.arange(adapted.rank) < np.array(adapted.ranks)[:, None]
-        mask = mask if adapted.stacked else mask[0]
+        mask = lora._live(adapted) > 0
         a, b = np.asarray(leaf["a"]), np.asarray(leaf["b"])
-        lead = int(adapted.stacked)
+        lead = len(adapted.lead)
         flat[path + "/a"] = a * mask.reshape(*mask.shape[:lead], *(1,) * (a.ndim - lead - 1), -1)
         flat[path + "/b"] = b * mask.reshape(*mask.shape, *(1,) * (b.ndim - lead - 1))
     return lora.unflatten(flat)

@@ -1,10 +1,10 @@
-"""What every model file shares: reading config.json strictly, access to weights, the layer loop, the KV
-cache."""
+"""What every model is made of around its layers: config.json read strictly, options, the cache, and `Model`,
+a decoder as functions of a parameter tree. The layers themselves are in decoder.py."""
 
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from flax import linen as nn
 from flax import struct
 
 from ftjax.errors import UserError
+from ftjax.ops.layers import ROPE_TYPES
 from ftjax.weights import NoisyEmbedding, Table
 
 # Keys of config.json that change nothing a forward pass computes.
@@ -23,7 +24,7 @@ IGNORED = frozenset(
     "_commit_hash cache_implementation keys_to_ignore_at_inference chunk_size_feed_forward "
     "is_encoder_decoder "
     "output_attentions output_hidden_states unsloth_fixed unsloth_version rope_scaling rope_theta "
-    "rope_parameters max_position_embeddings head_dim".split()
+    "rope_parameters max_position_embeddings head_dim quantization_config".split()
 )
 # Keys that would change the computation and are not implemented: allowed only at values that are neutral.
 NEUTRAL: Mapping[str, tuple] = {
@@ -33,7 +34,6 @@ NEUTRAL: Mapping[str, tuple] = {
     "rope_interleaved": (False, None),
     "partial_rotary_factor": (1, 1.0, None),
     "pruned_heads": ({}, None),
-    "quantization_config": (None,),
     "tie_encoder_decoder": (False, None),
     "is_decoder": (False, None),
     "cross_attention_hidden_size": (None,),
@@ -41,9 +41,20 @@ NEUTRAL: Mapping[str, tuple] = {
 }
 
 
+def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The language model's part of a config.json: all of it, or `text_config` of a multimodal model's."""
+    text = raw.get("text_config")
+    if not isinstance(text, Mapping):
+        return dict(raw)
+    # transformers reads these two from either place
+    tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings"))
+    return dict(text) | ({} if tied is None else {"tie_word_embeddings": tied})
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Field names are config.json's, so that reading one needs no translation."""
+    """Field names are config.json's, so that reading one needs no translation. A family adds its own in a
+    subclass."""
 
     model_type: str
     vocab_size: int
@@ -53,14 +64,14 @@ class ModelConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    rms_norm_eps: float
     max_position_embeddings: int
     tie_word_embeddings: bool
-    rope_parameters: tuple[tuple[str, Any], ...]  # a dict's items: a config is hashable
-    windows: tuple[int | None, ...]  # attention window of each layer, None = all of the past
+    rope_parameters: tuple[tuple[str, Any], ...] = ()  # a dict's items: a config is hashable
+    windows: tuple[int | None, ...] = ()  # attention window of each layer, None = all of the past
 
     @property
     def sizes(self) -> dict[str, int]:
+        """What the letters of the weight table stand for."""
         return dict(
             D=self.hidden_size,
             N=self.num_attention_heads,
@@ -70,6 +81,48 @@ class ModelConfig:
             V=self.vocab_size,
             L=self.num_hidden_layers,
         )
+
+    @classmethod
+    def read(cls, hf, **given) -> Self:
+        """From a transformers config: every field by its name there, but for those `given`."""
+        if "head_dim" not in given:
+            given["head_dim"] = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+        if "num_key_value_heads" not in given:
+            given["num_key_value_heads"] = getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads
+        if "windows" not in given:
+            given["windows"] = read_windows(hf)
+        if "rope_parameters" not in given:
+            given["rope_parameters"] = read_rope(hf)
+        names = [f.name for f in dataclasses.fields(cls) if f.name not in given]
+        return cls(**{name: _hashable(getattr(hf, name)) for name in names}, **given)
+
+
+def _hashable(value):
+    if isinstance(value, Mapping):
+        return tuple(sorted((k, _hashable(v)) for k, v in value.items()))
+    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
+
+
+def read_rope(hf) -> tuple[tuple[str, Any], ...]:
+    """`rope_parameters` of a transformers config as items; UserError for a type that is not implemented."""
+    parameters = getattr(hf, "rope_parameters", None) or {}
+    nested = [v for v in parameters.values() if isinstance(v, Mapping)]
+    for each in nested or [parameters]:
+        kind = each.get("rope_type", "default")
+        if kind not in ROPE_TYPES:
+            raise UserError(
+                f"config.json: rope_type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
+            )
+    return _hashable(parameters)  # type: ignore[return-value]
+
+
+def read_windows(config) -> tuple[int | None, ...]:
+    """The attention window of each layer from a transformers config (`layer_types`, `sliding_window`)."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return (window,) * config.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,23 +150,8 @@ def check_keys(raw: Mapping[str, Any], known: Mapping[str, tuple | None]) -> Non
             )
         raise UserError(
             f"config.json: {key}={value!r} is unknown for model_type {raw.get('model_type')!r}: it may "
-            "change "
-            "what the model computes, so it is not ignored"
+            "change what the model computes, so it is not ignored"
         )
-
-
-def read_windows(config) -> tuple[int | None, ...]:
-    """The attention window of each layer from a transformers config (`layer_types`, `sliding_window`)."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        return (window,) * config.num_hidden_layers
-    unknown = set(kinds) - {"full_attention", "sliding_attention"}
-    if unknown:
-        raise UserError(
-            f"config.json: layer_types has {sorted(unknown)}; supported: full_attention, sliding_attention"
-        )
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 REMAT = {
@@ -125,59 +163,61 @@ REMAT = {
 }
 
 
-class KVCache(struct.PyTreeNode):
-    """Keys and values so far, k and v [L, B, S, K, H]; slot s of row b holds segment segments[b, s] at
-    positions[b, s]. All rows fill the same slots, so prompts of unequal length are padded on the left."""
+class KV(struct.PyTreeNode):
+    """Keys and values of a stack of layers so far, [L, B, S, K, H]; the two may differ in H."""
 
     k: jax.Array
     v: jax.Array
+
+    @classmethod
+    def empty(cls, layers: int, batch: int, length: int, heads: int, dims: tuple[int, int], dtype):
+        return cls(*(jnp.zeros((layers, batch, length, heads, dim), dtype) for dim in dims))
+
+    def append(self, layer, slot, k_BTKH, v_BTKH):
+        """(cache, k [B, S, K, H], v) with one layer's new keys and values at `slot`."""
+        zero = jnp.zeros_like(slot)
+        at = (layer, zero, slot, zero, zero)
+        k = jax.lax.dynamic_update_slice(self.k, k_BTKH.astype(self.k.dtype)[None], at)
+        v = jax.lax.dynamic_update_slice(self.v, v_BTKH.astype(self.v.dtype)[None], at)
+        read = functools.partial(jax.lax.dynamic_index_in_dim, index=layer, axis=0, keepdims=False)
+        return self.replace(k=k, v=v), read(k).astype(k_BTKH.dtype), read(v).astype(v_BTKH.dtype)
+
+    def begin(self, prefix: "KV") -> "KV":
+        """With every row beginning as the one row of `prefix`."""
+        put = lambda x, p: x.at[:, :, : p.shape[2]].set(p)  # noqa: E731
+        return KV(put(self.k, prefix.k), put(self.v, prefix.v))
+
+
+class Cache(struct.PyTreeNode):
+    """What decoding keeps: for each stack of layers (by its prefix in the table) a KV or another state with
+    its methods; slot s of row b holds segment segments[b, s] at positions[b, s]. All rows fill the same
+    slots, so prompts of unequal length are padded on the left."""
+
+    states: dict[str, Any]
     segments: jax.Array
     positions: jax.Array
     length: jax.Array  # slots in use, a scalar
 
     def mark(self, segments_BT, positions_BT):
-        """Claim the next T slots; each layer then writes its keys and values there with `append`."""
+        """Claim the next T slots; each layer then writes there, and `advance` ends the step."""
         at = (jnp.zeros_like(self.length), self.length)
         return self.replace(
             segments=jax.lax.dynamic_update_slice(self.segments, segments_BT, at),
             positions=jax.lax.dynamic_update_slice(self.positions, positions_BT, at),
         )
 
-    def append(self, layer, k_BTKH, v_BTKH):
-        """(cache, k [B, S, K, H], v) with one layer's new keys and values in place."""
-        zero = jnp.zeros_like(self.length)
-        at = (layer, zero, self.length, zero, zero)
-        k = jax.lax.dynamic_update_slice(self.k, k_BTKH.astype(self.k.dtype)[None], at)
-        v = jax.lax.dynamic_update_slice(self.v, v_BTKH.astype(self.v.dtype)[None], at)
-        read = functools.partial(jax.lax.dynamic_index_in_dim, index=layer, axis=0, keepdims=False)
-        return self.replace(k=k, v=v), read(k).astype(k_BTKH.dtype), read(v).astype(v_BTKH.dtype)
-
     def advance(self, count):
         return self.replace(length=self.length + count)
 
-
-def declare(module: nn.Module, table: Table, prefix: str = "") -> dict[str, Any]:
-    """The weights of `module`: {name: array or leaf type} for the rows directly under `prefix`.
-
-    Reads the tree as given, so a row may hold any leaf type that ops.einsum knows.
-    """
-    names = [path.removeprefix(prefix) for path in table.rows if path.startswith(prefix)]
-    return {n: module.get_variable("params", n) for n in names if "/" not in n}
-
-
-def scan_layers(block: type[nn.Module], options: RunOptions, length: int):
-    """`block` looped over stacked weights: called as (carry, per_layer, *broadcast) -> (carry, None)."""
-    policy = REMAT[options.remat]
-    if options.remat != "none":
-        block = nn.remat(block, prevent_cse=options.unroll is True, policy=policy)  # type: ignore[assignment]
-    return nn.scan(
-        block,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=(0, nn.broadcast, nn.broadcast),  # type: ignore[arg-type]
-        length=length,
-        unroll=length if options.unroll is True else int(options.unroll),
-    )
+    def begin(self, prefix: "Cache") -> "Cache":
+        """An empty cache with every row beginning as the one row of `prefix`."""
+        P = prefix.segments.shape[1]
+        return Cache(
+            states={name: state.begin(prefix.states[name]) for name, state in self.states.items()},
+            segments=self.segments.at[:, :P].set(prefix.segments),
+            positions=self.positions.at[:, :P].set(prefix.positions),
+            length=prefix.length,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +225,8 @@ class Model:
     """A decoder as functions of a parameter tree.
 
     `model(params, tokens, positions, segments, cache)` returns (hidden_BTD after the final norm, cache, aux);
-    `model.unembed(model.head(params), hidden)` are float32 logits. `aux` is {} for dense models.
+    `model.unembed(model.head(params), hidden)` are float32 logits. `aux` is {} for dense models, else the
+    router's sums a layer of experts (ops.moe.router_statistics), [layers, …].
     """
 
     config: ModelConfig
@@ -194,7 +235,7 @@ class Model:
     options: RunOptions = RunOptions()
 
     def __call__(
-        self, params, tokens_BT, positions_BT, segments_BT, cache: KVCache | None = None
+        self, params, tokens_BT, positions_BT, segments_BT, cache: Cache | None = None
     ) -> tuple[Any, Any, dict]:
         module = self.module_type(self.config, self.table, self.options)  # type: ignore[call-arg]
         return module.apply({"params": params}, tokens_BT, positions_BT, segments_BT, cache)  # type: ignore[return-value]
@@ -221,12 +262,23 @@ class Model:
         hidden_BTD, _, _ = self(params, tokens_BT, positions_BT, segments_BT)
         return self.unembed(self.head(params), hidden_BTD)
 
-    def init_cache(self, batch: int, length: int, dtype=None) -> KVCache:
-        c = self.config
-        shape = (c.num_hidden_layers, batch, length, c.num_key_value_heads, c.head_dim)
+    def init_cache(self, batch: int, length: int, dtype=None) -> Cache:
+        dtype = dtype or self.options.dtype
+        states = {}
+        for run in self.table.runs:
+            for (prefix, kind), layers in zip(run.blocks, run.layers, strict=True):
+                block = self.module_type.block(kind)  # type: ignore[attr-defined]
+                state = block.empty_state(self.config, layers, batch, length, dtype)
+                if state is not None:
+                    states[prefix] = state
         slots = jnp.zeros((batch, length), jnp.int32)
-        kv = jnp.zeros(shape, dtype or self.options.dtype)
-        return KVCache(k=kv, v=kv.copy(), segments=slots - 1, positions=slots, length=jnp.int32(0))
+        return Cache(states=states, segments=slots - 1, positions=slots, length=jnp.int32(0))
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether some layer's state is a summary of the past, so that a row may not skip slots."""
+        kinds = {kind for run in self.table.runs for _, kind in run.blocks}
+        return any(self.module_type.block(kind).recurrent for kind in kinds)  # type: ignore[attr-defined]
 
     def with_options(self, **changes) -> "Model":
         """`dtype`, `remat` (a key of REMAT), `unroll`: see RunOptions."""

@@ -118,8 +118,7 @@ def random_adapters(plan, table, seed=3):
     rng = np.random.default_rng(seed)
     for path, adapted in live.items():
         b = rng.normal(size=flat[path + "/b"].shape).astype(np.float32) * 0.2
-        mask = (np.arange(adapted.rank) < np.array(adapted.ranks)[:, None]).astype(np.float32)
-        mask = mask if adapted.stacked else mask[0]
+        mask = lora._live(adapted)
         flat[path + "/b"] = jnp.asarray(b * mask.reshape(*mask.shape, *(1,) * (b.ndim - mask.ndim)))
     return weights.unflatten(flat)
 

@@ -1,0 +1,339 @@
+"""The decoder that every family is a variation of: embedding, runs of stacked layers, final norm, head.
+
+A family subclasses `Block` (one layer: overriding the lines that differ), `Decoder` (which blocks, which
+rows, what config.json may say) and, where it has hyper-parameters of its own, `ModelConfig`. The block here
+is Llama's: pre-norm, grouped-query attention with rotary positions, a gated MLP.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import struct
+from jax.ad_checkpoint import checkpoint_name
+
+from ftjax.errors import UserError
+from ftjax.models.common import KV, REMAT, Cache, ModelConfig, RunOptions, check_keys
+from ftjax.ops import attention, einsum, embed, rms_norm, rope, rope_table, shard, silu_times
+from ftjax.weights import LOOKUP, Run, Table, Weight, find_runs
+
+Rows = dict[str, Weight]
+Keys = Mapping[str, tuple | None]
+
+# The names most families give their weights; a family changes what differs.
+EMBED: Rows = {"embed": Weight("V->D", "model.embed_tokens.weight", LOOKUP)}
+FINAL_NORM: Rows = {"final_norm": Weight("D", "model.norm.weight", init="ones")}
+HEAD: Rows = {"lm_head": Weight("D->V", "lm_head.weight", role="head")}
+LAYER = "model.layers.{layer}."
+ATTENTION: Rows = {
+    "attn_norm": Weight("D", LAYER + "input_layernorm.weight", init="ones"),
+    "q": Weight("D->NH", LAYER + "self_attn.q_proj.weight"),
+    "k": Weight("D->KH", LAYER + "self_attn.k_proj.weight"),
+    "v": Weight("D->KH", LAYER + "self_attn.v_proj.weight"),
+    "o": Weight("NH->D", LAYER + "self_attn.o_proj.weight"),
+}
+QKV_BIAS: Rows = {
+    "q_bias": Weight("NH", LAYER + "self_attn.q_proj.bias", init="zeros"),
+    "k_bias": Weight("KH", LAYER + "self_attn.k_proj.bias", init="zeros"),
+    "v_bias": Weight("KH", LAYER + "self_attn.v_proj.bias", init="zeros"),
+}
+O_BIAS: Rows = {"o_bias": Weight("D", LAYER + "self_attn.o_proj.bias", init="zeros")}
+QK_NORM: Rows = {
+    "q_norm": Weight("H", LAYER + "self_attn.q_norm.weight", init="ones"),
+    "k_norm": Weight("H", LAYER + "self_attn.k_norm.weight", init="ones"),
+}
+MLP_NORM: Rows = {"mlp_norm": Weight("D", LAYER + "post_attention_layernorm.weight", init="ones")}
+MLP: Rows = {
+    "gate": Weight("D->F", LAYER + "mlp.gate_proj.weight"),
+    "up": Weight("D->F", LAYER + "mlp.up_proj.weight"),
+    "down": Weight("F->D", LAYER + "mlp.down_proj.weight"),
+}
+MLP_BIAS: Rows = {
+    "gate_bias": Weight("F", LAYER + "mlp.gate_proj.bias", init="zeros"),
+    "up_bias": Weight("F", LAYER + "mlp.up_proj.bias", init="zeros"),
+    "down_bias": Weight("D", LAYER + "mlp.down_proj.bias", init="zeros"),
+}
+
+
+class Shared(struct.PyTreeNode):
+    """What all layers see: (segments, positions) of queries and of keys; the rotary table (of one kind, or a
+    dict or list of them as the family made it); the cache's first free slot, None in training."""
+
+    queries: tuple[Any, Any]
+    keys: tuple[Any, Any]
+    rotary: Any
+    slot: Any
+
+
+class Block:
+    """One layer at work: its weights `w` by name, its own entries of `Decoder.layer_data` in `layer`, its
+    stack's `state` in the cache (None in training), and `carry`, a dict that a family may pass on from layer
+    to layer. A call takes and returns x_BTD; the state and the carry are replaced in place; what a layer
+    wants summed over tokens (a router's statistics) goes into `aux`."""
+
+    recurrent: ClassVar[bool] = False
+
+    def __init__(self, cfg, w: Mapping[str, Any], layer: Mapping[str, Any], shared: Shared, state, carry):
+        self.cfg, self.w, self.layer, self.shared = cfg, w, layer, shared
+        self.state, self.carry = state, dict(carry)
+        self.aux: dict[str, Any] = {}
+
+    @classmethod
+    def empty_state(cls, cfg, layers: tuple[int, ...], batch: int, length: int, dtype):
+        """What decoding keeps for a stack of these `layers` (indices in the model), None for nothing."""
+        dims = (cfg.head_dim, cfg.head_dim)
+        return KV.empty(len(layers), batch, length, cfg.num_key_value_heads, dims, dtype)
+
+    def __call__(self, x_BTD):
+        x_BTD += self.attention(self.norm(x_BTD, "attn_norm"))
+        return x_BTD + self.mlp(self.norm(x_BTD, "mlp_norm"))
+
+    def norm(self, x, name: str):
+        return checkpoint_name(self.normalise(x, name), "norm")
+
+    def normalise(self, x, name: str):
+        return rms_norm(x, self.w[name], self.cfg.rms_norm_eps)
+
+    def linear(self, eqn: str, x, name: str):
+        """The product with the weight `name`, plus `name_bias` where the table has one."""
+        y = einsum(eqn, x, self.w[name])
+        bias = self.w.get(name + "_bias")
+        return y if bias is None else y + bias.astype(y.dtype)
+
+    # -- attention
+
+    def attention(self, h_BTD):
+        q_BTNH, k_BTKH, v_BTKH = self.qkv(h_BTD)
+        y_BTNH = self.attend(*self.rotate(q_BTNH, k_BTKH), v_BTKH)
+        return checkpoint_name(self.linear("BTNH,NHD->BTD", y_BTNH, "o"), "o")
+
+    def qkv(self, h_BTD):
+        q_BTNH = self.linear("BTD,DNH->BTNH", h_BTD, "q")
+        k_BTKH = self.linear("BTD,DKH->BTKH", h_BTD, "k")
+        v_BTKH = self.linear("BTD,DKH->BTKH", h_BTD, "v")
+        if "q_norm" in self.w:
+            q_BTNH, k_BTKH = self.normalise(q_BTNH, "q_norm"), self.normalise(k_BTKH, "k_norm")
+        return q_BTNH, k_BTKH, v_BTKH
+
+    def rotary(self):
+        """This layer's (cos, sin): the one there is, or that of the kind that `layer["rope"]` numbers."""
+        if "rope" not in self.layer:
+            return self.shared.rotary
+        return jax.tree.map(lambda *kinds: jnp.stack(kinds)[self.layer["rope"]], *self.shared.rotary)
+
+    interleaved: ClassVar[bool] = False  # rotary pairs (0, 1), (2, 3), … instead of the two halves
+
+    def rotate(self, q_BTNH, k_BTKH):
+        table = self.rotary()
+        return rope(q_BTNH, table, self.interleaved), rope(k_BTKH, table, self.interleaved)
+
+    @property
+    def scale(self) -> float:
+        return self.cfg.head_dim**-0.5
+
+    def attend(self, q_BTNH, k_BTKH, v_BTKH, **facts):
+        """Attention over this step's keys and those in the cache; `facts` as of ops.attention."""
+        q_BTNH = shard(checkpoint_name(q_BTNH, "q"), "BTNH")
+        k_BSKH, v_BSKH = checkpoint_name(k_BTKH, "k"), checkpoint_name(v_BTKH, "v")
+        if self.state is not None:
+            self.state, k_BSKH, v_BSKH = self.state.append(
+                self.layer["index"], self.shared.slot, k_BSKH, v_BSKH
+            )
+        facts = {"scale": self.scale, "window": self.layer.get("window")} | facts
+        y_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, self.shared.queries, self.shared.keys, **facts)
+        return checkpoint_name(y_BTNH, "attention")
+
+    # -- MLP
+
+    def gated(self, gate, up):
+        """The MLP's activation: act(gate) · up."""
+        return silu_times(gate, up)
+
+    def mlp(self, h_BTD, prefix: str = ""):
+        """A gated MLP of the weights `prefix` + gate, up, down."""
+        gate_BTF = checkpoint_name(self.linear("BTD,DF->BTF", h_BTD, prefix + "gate"), "gate")
+        up_BTF = checkpoint_name(self.linear("BTD,DF->BTF", h_BTD, prefix + "up"), "up")
+        h_BTF = shard(checkpoint_name(self.gated(gate_BTF, up_BTF), "act"), "BTF")
+        return self.linear("BTF,FD->BTD", h_BTF, prefix + "down")
+
+
+class Loop(nn.Module):
+    """One period of a run of layers, to be scanned over its stacked weights."""
+
+    cfg: ModelConfig
+    table: Table
+    options: RunOptions
+    run: Run
+    kinds: tuple[type[Block], ...]
+
+    @nn.compact
+    def __call__(self, carry, per_layer, shared: Shared):
+        x_BTD, states, extra = carry
+        aux = []
+        for (prefix, _), kind, layer in zip(self.run.blocks, self.kinds, per_layer, strict=True):
+            w = declare(self, self.table, prefix, self.run.name + "/")
+
+            def one(x_BTD, state, extra, w, layer, kind=kind):
+                block = kind(self.cfg, w, layer, shared, state, extra)
+                y_BTD = shard(block(x_BTD), "BTD")
+                return y_BTD, block.state, block.carry, block.aux
+
+            if self.options.remat != "none":
+                one = jax.checkpoint(
+                    one, prevent_cse=self.options.unroll is True, policy=REMAT[self.options.remat]
+                )
+            x_BTD, state, extra, sums = one(x_BTD, states.get(prefix), extra, w, layer)
+            states = states | ({prefix: state} if state is not None else {})
+            aux.append(sums)
+        return (x_BTD, states, extra), aux
+
+
+def declare(module: nn.Module, table: Table, prefix: str = "", skip: str = "") -> dict[str, Any]:
+    """The weights of `module`: {name: array or leaf type} for the rows directly under `prefix`, of which
+    `skip` leads to the module itself. Reads the tree as given, so a row may hold any leaf type."""
+    names = [path.removeprefix(prefix) for path in table.rows if path.startswith(prefix)]
+    tree: Any = None
+    for part in prefix.removeprefix(skip).strip("/").split("/"):
+        if part:
+            tree = module.get_variable("params", part) if tree is None else tree[part]
+    read = tree.__getitem__ if tree is not None else lambda n: module.get_variable("params", n)
+    return {n: read(n) for n in names if "/" not in n}
+
+
+class Decoder(nn.Module):
+    """A family: `model_types` in the registry point to a subclass of this."""
+
+    cfg: Any
+    table: Table
+    options: RunOptions
+
+    Config: ClassVar[type[ModelConfig]] = ModelConfig
+    BLOCKS: ClassVar[Mapping[str, type[Block]]] = {"layers": Block}
+    # keys of config.json beyond Config's fields -> the values implemented, None for any; where transformers'
+    # model of the family ignores a key, only the value that says what it computes is taken
+    KEYS: ClassVar[Keys] = {}
+    LAYER_TYPES: ClassVar[tuple[str, ...]] = ("full_attention", "sliding_attention")
+
+    # -- what config.json says
+
+    @classmethod
+    def read_config(cls, hf, raw: Mapping[str, Any]) -> ModelConfig:
+        """From a transformers config and the config.json it was made of; UserError for what is not
+        implemented."""
+        known = dict.fromkeys(f.name for f in dataclasses.fields(cls.Config)) | dict(cls.KEYS)
+        check_keys(raw, known)
+        unknown = set(getattr(hf, "layer_types", None) or ()) - set(cls.LAYER_TYPES)
+        if unknown:
+            raise UserError(
+                f"config.json: layer_types has {sorted(unknown)}; supported: {', '.join(cls.LAYER_TYPES)}"
+            )
+        return cls.config(hf)
+
+    @classmethod
+    def config(cls, hf) -> ModelConfig:
+        """The config that a transformers config makes: `Config.read` with what must be said otherwise."""
+        return cls.Config.read(hf)
+
+    @classmethod
+    def block(cls, kind: str) -> type[Block]:
+        return cls.BLOCKS[kind]
+
+    @classmethod
+    def layer_kinds(cls, cfg) -> list[str]:
+        """The kind (a key of BLOCKS) of each layer."""
+        (kind,) = cls.BLOCKS
+        return [kind] * cfg.num_hidden_layers
+
+    @classmethod
+    def block_rows(cls, cfg, kind: str) -> Rows:
+        """The weights of a layer of this kind."""
+        return ATTENTION | MLP_NORM | MLP
+
+    @classmethod
+    def outer_rows(cls, cfg) -> Rows:
+        """The weights that are not a layer's."""
+        return EMBED | FINAL_NORM | ({} if cfg.tie_word_embeddings else HEAD)
+
+    @classmethod
+    def make_table(cls, cfg) -> Table:
+        outer = cls.outer_rows(cfg)
+        runs = find_runs(cls.layer_kinds(cfg))
+        rows = {path: row for path, row in outer.items() if row.role == "lookup"}
+        for run in runs:
+            for prefix, kind in run.blocks:
+                rows |= {prefix + name: row for name, row in cls.block_rows(cfg, kind).items()}
+        return Table(rows | outer, cfg.sizes, runs)
+
+    # -- the forward pass
+
+    def embed(self, w, tokens_BT, positions_BT, segments_BT):
+        return embed(w["embed"], tokens_BT, segments_BT, self.options.dtype)
+
+    def rotary(self, positions_BT, segments_BT):
+        """`Shared.rotary`."""
+        return rope_table(positions_BT, segments_BT, dict(self.cfg.rope_parameters), self.cfg.head_dim)
+
+    def layer_data(self, w, x_BTD, tokens_BT) -> dict[str, Any]:
+        """What differs between layers, each entry [L, …] over the model's layers in order."""
+        if not any(self.cfg.windows):
+            return {}
+        never = np.iinfo(np.int32).max
+        return {"window": np.array([window or never for window in self.cfg.windows], np.int32)}
+
+    def carry(self, x_BTD) -> dict[str, Any]:
+        """The first value of `Block.carry`."""
+        return {}
+
+    def finish(self, w, x_BTD):
+        return rms_norm(x_BTD, w["final_norm"], self.cfg.rms_norm_eps)
+
+    @staticmethod
+    def unembed(cfg, head, hidden):
+        """Float32 logits [..., V] of hidden [..., D]."""
+        axes = "...D,VD->...V" if cfg.tie_word_embeddings else "...D,DV->...V"
+        lead = "BXTZ"[: hidden.ndim - 1]
+        return einsum(axes.replace("...", lead), hidden, head, jnp.float32)
+
+    @nn.compact
+    def __call__(self, tokens_BT, positions_BT, segments_BT, cache: Cache | None = None):
+        w = declare(self, self.table)
+        x_BTD = shard(self.embed(w, tokens_BT, positions_BT, segments_BT), "BTD")
+        queries = keys = (segments_BT, positions_BT)
+        if cache is not None:
+            cache = cache.mark(segments_BT, positions_BT)
+            keys = (cache.segments, cache.positions)
+        shared = Shared(
+            queries, keys, self.rotary(positions_BT, segments_BT), None if cache is None else cache.length
+        )
+        data = self.layer_data(w, x_BTD, tokens_BT)
+        carry = (x_BTD, {} if cache is None else cache.states, self.carry(x_BTD))
+        sums = []
+        for run in self.table.runs:
+            per_layer = tuple(
+                {"index": jnp.arange(run.length, dtype=jnp.int32)}
+                | {name: jnp.asarray(x)[np.array(layers)] for name, x in data.items()}
+                for layers in run.layers
+            )
+            loop = nn.scan(
+                Loop,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast),  # type: ignore[arg-type]
+                length=run.length,
+                unroll=run.length if self.options.unroll is True else int(self.options.unroll),
+            )
+            kinds = tuple(self.block(kind) for _, kind in run.blocks)
+            carry, aux = loop(self.cfg, self.table, self.options, run, kinds, name=run.name)(
+                carry, per_layer, shared
+            )
+            sums += aux
+        x_BTD, states, _ = carry
+        if cache is not None:
+            cache = cache.replace(states=states).advance(tokens_BT.shape[1])
+        names = sorted({name for each in sums for name in each})
+        aux = {name: jnp.concatenate([each[name] for each in sums if name in each]) for name in names}
+        return self.finish(w, x_BTD), cache, aux
