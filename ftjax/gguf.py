@@ -33,11 +33,19 @@ _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = (
     _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_MARKS = (
+    _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
 )
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+
+
+def _cased(ending: str, digits: str) -> str:
+    """Words cut where lower case becomes upper case, as in "camelCase"."""
+    return (
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{ending}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{ending}"
+        rf"|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,20 +56,22 @@ class PreTokenizer:
     ignore_merges: bool = False  # a piece in the vocabulary is a token, whatever the merges say
 
 
-PRE_TOKENIZERS = (
-    dict.fromkeys(("gpt-2", "gpt2", "mpt", "olmo", "jais", "default"), PreTokenizer())
+PRE_TOKENIZERS = (  # of equal ones, the first is the one that export writes
+    dict.fromkeys(("gpt-2", "gpt2", "mpt", "olmo", "jais", "exaone4", "phi-2", "default"), PreTokenizer())
     | dict.fromkeys(
         ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
         PreTokenizer(digits=True),
     )
     | dict.fromkeys(
-        ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral"),
+        ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"),
         PreTokenizer(_WORDS % "{1,3}", ignore_merges=True),
     )
-    | {"smaug-bpe": PreTokenizer(_WORDS % "{1,3}")}
+    | dict.fromkeys(("dbrx", "smaug-bpe"), PreTokenizer(_WORDS % "{1,3}"))
     | dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), PreTokenizer(_WORDS % "", nfc=True))
     | {"stablelm2": PreTokenizer(_WORDS % "")}
-    | {"tekken": PreTokenizer(_TEKKEN, ignore_merges=True)}
+    | {"qwen35": PreTokenizer(_MARKS, nfc=True)}
+    | {"tekken": PreTokenizer(_cased("", ""), ignore_merges=True)}
+    | dict.fromkeys(("gpt-4o", "llama4", "kanana2"), PreTokenizer(_cased(_CONTRACTION + "?", "{1,3}")))
 )
 
 
