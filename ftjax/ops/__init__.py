@@ -17,15 +17,31 @@ from ftjax.ops.layers import (
     silu_times,
 )
 from ftjax.ops.linear import einsum, embed, product
+from ftjax.ops.moe import (
+    balance_loss,
+    expert_bias,
+    experts,
+    grouped,
+    router_statistics,
+    sigmoid_group_top_k,
+    softmax_group_top_k,
+    top_k_sigmoid,
+    top_k_softmax,
+    z_loss,
+)
 
 __all__ = [
     "activation",
     "attention",
+    "balance_loss",
     "einsum",
     "embed",
+    "expert_bias",
+    "experts",
     "gated",
     "gelu_tanh_times",
     "gelu_times",
+    "grouped",
     "l2_norm",
     "layer_norm",
     "linear_cross_entropy",
@@ -35,6 +51,12 @@ __all__ = [
     "rope",
     "rope_frequencies",
     "rope_table",
+    "router_statistics",
     "shard",
+    "sigmoid_group_top_k",
     "silu_times",
+    "softmax_group_top_k",
+    "top_k_sigmoid",
+    "top_k_softmax",
+    "z_loss",
 ]
