@@ -76,8 +76,9 @@ class Dequantised:
     """The tensors of a quantised checkpoint as those of an unquantised one.
 
     `config` is config.json, `entries` and `get` the stored tensors, `where` the folder, for messages. A
-    stored tensor that is not quantised comes as it is. UserError where the format, or a variant of it, is
-    not read, or where tensors do not fit together.
+    stored tensor that is not quantised comes as it is, and all do where config.json has no
+    quantization_config. UserError where the format, or a variant of it, is not read, or where tensors do not
+    fit together.
     """
 
     def __init__(
@@ -87,16 +88,21 @@ class Dequantised:
         entries: Entries,
         get: Callable[[str], np.ndarray],
     ):
-        settings = quantization(config) or {}
-        method = _method(settings)
+        self._entries, self._get = entries, get
+        self._names, self._tensors = list(entries), {}
+        settings = quantization(config)
+        if settings is not None:
+            self._find(where, config, settings)
+
+    def _find(self, where: str, config: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        entries, method = self._entries, _method(settings)
         if method not in FORMATS:
             raise UserError(
                 f"{where}/config.json: quant_method={method!r}: a quantised checkpoint of a kind that is not "
                 f"read; {', '.join(FORMATS)} are. Give the unquantised model, or a GGUF file"
             )
-        self._entries, self._get = entries, get
         self._dtype = _float_dtype(where, config)
-        self._tensors = dict(FORMATS[method](Stored(where, settings, entries, get)))
+        self._tensors = dict(FORMATS[method](Stored(where, settings, entries, self._get)))
         owner = {part: name for name, tensor in self._tensors.items() for part in tensor.parts.values()}
         self._names = list(
             dict.fromkeys(owner.get(n, n) for n in entries if n in owner or not DROPPED.search(n))

@@ -235,7 +235,7 @@ def test_compressed_bytes(per, kind):
 def test_equals_the_compressed_tensors_library(fmt, weights):
     torch = pytest.importorskip("torch")
     library = pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
-    from compressed_tensors.compressors import BaseCompressor
+    compressors = pytest.importorskip("compressed_tensors.compressors")
 
     args = library.quantization.QuantizationArgs(**weights)
     scheme = library.quantization.QuantizationScheme(targets=["Linear"], weights=args)
@@ -245,7 +245,7 @@ def test_equals_the_compressed_tensors_library(fmt, weights):
     state = {"weight": torch.randn(out, ins), "weight_scale": torch.rand(shape) * 0.1 + 0.02}
     if not weights.get("symmetric", True):
         state["weight_zero_point"] = torch.randint(-8, 8, shape, dtype=torch.int8)
-    compressor = BaseCompressor.get_value_from_registry(fmt)
+    compressor = compressors.BaseCompressor.get_value_from_registry(fmt)
     packed = compressor.compress(dict(state), scheme)
     wanted = compressor.decompress(dict(packed), scheme)["weight"]
     tensors = {f"q.{k}": to_numpy(v) for k, v in packed.items()}
@@ -406,6 +406,13 @@ def test_unquantised_config():
     assert quantised.unquantised_config(config) == {"model_type": "x", "text_config": {"vocab_size": 9}}
     assert "quantization_config" in config["text_config"]
     assert quantised.quantization({"model_type": "x"}) is None
+
+
+def test_without_quantisation_all_comes_as_it_is():
+    tensors = {"q.weight": np.zeros((2, 3), np.int8), "q.input_scale": np.zeros(1, np.float32)}
+    source = read(tensors, None, "int8")
+    assert source.names() == list(tensors)
+    assert all(source.get(n) is tensors[n] and source.parts(n) == [n] for n in tensors)
 
 
 def test_dtype_of_the_config():
