@@ -114,9 +114,10 @@ def plan(config: LoraConfig, table: Table) -> Plan:
     if layers is not None and any(i not in range(table.sizes["L"]) for i in layers):
         raise UserError(f"lora.layers_to_transform={layers}: the model's layers are 0…{table.sizes['L'] - 1}")
     if not chosen:
+        whole = next(iter(linear.values())).module.format(layer=0, expert=0)
         raise UserError(
             f"lora.target_modules={config.target_modules!r} matches no linear layer; the model's are "
-            f"{', '.join(modules)} (full paths like {next(iter(linear.values())).module.format(layer=0, expert=0)})"
+            f"{', '.join(modules)} (full paths like {whole})"
         )
     if not isinstance(config.target_modules, str):
         for target in config.target_modules:

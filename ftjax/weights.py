@@ -73,8 +73,8 @@ class Weight:
     ("E:D->F") count separate matrices.
 
     `hf` is its name in the checkpoint, `{layer}` standing for the layer's index and `{expert}` for the
-    expert's where each has a tensor of its own. `layout` is LINEAR for a matrix and VECTOR for a vector unless
-    said. `role` is "linear", "router", "lookup", "head" or "vector", and decides what LoRA's "all-linear" and
+    expert's where each has a tensor of its own. `layout` is LINEAR for a matrix and VECTOR for a vector
+    unless said. `role` is "linear", "router", "lookup", "head" or "vector", and decides what LoRA's "all-linear" and
     the optimisers' groups take it for.
 
     `torch` is the parameter's name in the module that transformers builds, where that differs from `hf`;

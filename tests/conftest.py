@@ -3,6 +3,8 @@
 import os
 import pathlib
 
+import pytest
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "ftjax" / "jax"))
@@ -10,5 +12,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 
 def pytest_collection_modifyitems(items):
-    """Long tests first, so that the workers end together."""
+    """Long tests first, so that the workers end together; a file's tests run on one worker, those of the
+    parity tests a family a worker, so that what they compile is shared."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    for item in items:
+        group = item.nodeid.partition("::")[0]
+        if "callspec" in dir(item):
+            params = item.callspec.params
+            group += str(params.get("case", params.get("family", "")))
+        item.add_marker(pytest.mark.xdist_group(group))

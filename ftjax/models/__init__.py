@@ -10,6 +10,7 @@ from ftjax.models.common import KV, Cache, Model, ModelConfig, RunOptions, text_
 REGISTRY = {
     "llama": "llama:Llama",
     "mistral": "llama:Mistral",
+    "mixtral": "mixtral:Mixtral",
     "qwen2": "llama:Qwen2",
     "qwen3": "llama:Qwen3",
 }

@@ -1,4 +1,8 @@
-"""Every architecture against transformers and PEFT, on tiny models with odd numbers."""
+"""Every family in the registry against transformers and PEFT, on tiny models with odd numbers.
+
+The functions in PROOFS are the columns of the README's table; each runs on every family (`tests/models/
+cases.py`), and `proofs.py` beside makes the table of what passed.
+"""
 
 import dataclasses
 import functools
@@ -10,6 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import FAMILIES, VARIANTS
+from cases import LENGTH as T
+from cases import config as case_config
 
 from ftjax import hf, lora, mesh, models, peft, weights
 
@@ -18,42 +25,12 @@ torch = pytest.importorskip(
 )
 transformers = pytest.importorskip("transformers")
 
-BASE = dict(
-    vocab_size=96,
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    rms_norm_eps=3e-5,
-    max_position_embeddings=128,
-    rope_theta=12345.0,
-    tie_word_embeddings=False,
-)
-LLAMA3 = dict(
-    rope_type="llama3",
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=16,
-)
-CASES = {
-    "llama": dict(model_type="llama"),
-    "llama-tied": dict(model_type="llama", tie_word_embeddings=True),
-    "llama-bias-rope3": dict(model_type="llama", attention_bias=True, rope_scaling=LLAMA3),
-    "llama-linear": dict(model_type="llama", rope_scaling=dict(rope_type="linear", factor=3.0)),
-    "mistral": dict(model_type="mistral", sliding_window=7),
-    "qwen2": dict(model_type="qwen2", tie_word_embeddings=True),
-    "qwen2-window": dict(model_type="qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1),
-    "qwen3": dict(model_type="qwen3", head_dim=24),
-}
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-T = 23  # longer than any window
+LORA = lora.LoraConfig(r=4, lora_alpha=7)  # on every linear layer
 
 
 @dataclasses.dataclass
 class Case:
+    name: str
     folder: Path  # as transformers saved it
     reference: torch.nn.Module
     source: hf.Source
@@ -67,8 +44,43 @@ class Case:
             tokens = torch.tensor(self.tokens if tokens is None else tokens)
             return module(tokens.long()).logits.numpy()
 
+    @functools.cached_property
+    def forward(self):
+        """(params, tokens, positions, segments) -> logits, compiled once for all proofs."""
+        return jax.jit(self.model.logits)
 
-@pytest.fixture(scope="module", params=CASES)
+    @functools.cached_property
+    def plain(self):
+        """Positions and segments of rows that are one document each."""
+        positions = np.tile(np.arange(T, dtype=np.int32), (2, 1))
+        return positions, np.ones((2, T), np.int32)
+
+    @functools.cached_property
+    def plan(self):
+        return lora.plan(LORA, self.model.table)
+
+    @functools.cached_property
+    def adapters(self):
+        return random_adapters(self.plan, self.model.table)
+
+    @functools.cached_property
+    def loss_and_grads(self):
+        """(adapters, base, tokens) -> ((summed next-token loss, logits), gradient of the adapters)."""
+
+        def loss(adapters, base, tokens):
+            logits = self.model.logits(lora.attach(base, adapters, self.plan), tokens)
+            logp = jax.nn.log_softmax(logits[:, :-1])
+            return -jnp.take_along_axis(logp, tokens[:, 1:, None], -1).sum(), logits
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+    @functools.cached_property
+    def tuned(self):
+        """((loss, logits), gradients) on one device."""
+        return jax.device_get(self.loss_and_grads(self.adapters, self.params, self.tokens))
+
+
+@pytest.fixture(scope="module", params=[*FAMILIES, *VARIANTS])
 def case(request, tmp_path_factory) -> Case:
     return make_case(request.param, tmp_path_factory.getbasetemp())
 
@@ -81,14 +93,18 @@ def family(request, tmp_path_factory) -> Case:
 @functools.cache
 def make_case(name: str, root: Path) -> Case:
     torch.manual_seed(1)
-    config = transformers.AutoConfig.for_model(**BASE | CASES[name])
+    config = transformers.AutoConfig.for_model(**case_config(name))
     config._attn_implementation = "eager"
     reference = transformers.AutoModelForCausalLM.from_config(config).eval().float()
-    with torch.no_grad():
-        for key, p in reference.named_parameters():  # norms of ones and biases of zeros would hide mistakes
-            if "norm" in key:
+    with torch.no_grad():  # norms of ones and biases of zeros would hide mistakes
+        for key, p in [*reference.named_parameters(), *reference.named_buffers()]:
+            if "inv_freq" in key or "A_log" in key or not p.is_floating_point():
+                continue
+            if "norm" in key or "ln_" in key:
                 p.copy_(1 + 0.3 * torch.randn_like(p))
-            elif "bias" in key:
+            elif p.ndim < 2:
+                p.copy_(0.3 * torch.randn_like(p))
+            elif "_proj_bias" in key:
                 p.copy_(0.3 * torch.randn_like(p))
             else:
                 p.mul_(4.0)
@@ -97,8 +113,9 @@ def make_case(name: str, root: Path) -> Case:
     source = hf.open_model(folder)
     model = models.from_config(source.config)
     params = hf.load_params(source, model)
-    tokens = np.random.default_rng(0).integers(0, BASE["vocab_size"], (2, T)).astype(np.int32)
-    out = Case(folder, reference, source, model, params, tokens, np.zeros(0))
+    vocab = model.config.vocab_size
+    tokens = np.random.default_rng(0).integers(0, vocab, (2, T)).astype(np.int32)
+    out = Case(name, folder, reference, source, model, params, tokens, np.zeros(0))
     out.logits = out.torch_logits(reference)
     return out
 
@@ -113,23 +130,29 @@ def close(ours, theirs, tolerance=1e-5):
 
 def random_adapters(plan, table, seed=3):
     tree = lora.init(jax.random.key(seed), plan, table)
-    live = {path: adapted for path, adapted in plan.items()}
     flat = weights.flatten(tree)
     rng = np.random.default_rng(seed)
-    for path, adapted in live.items():
+    for path, adapted in plan.items():
         b = rng.normal(size=flat[path + "/b"].shape).astype(np.float32) * 0.2
         mask = lora._live(adapted)
         flat[path + "/b"] = jnp.asarray(b * mask.reshape(*mask.shape, *(1,) * (b.ndim - mask.ndim)))
     return weights.unflatten(flat)
 
 
+def test_no_family_is_left_out():
+    assert set(FAMILIES) == set(models.REGISTRY)
+
+
+# -- The forward pass, on families and variants
+
+
 def test_logits(case):
     with jax.numpy_dtype_promotion("strict"):
-        ours = jax.jit(case.model.logits)(case.params, case.tokens)
+        ours = case.forward(case.params, case.tokens, *case.plain)
     close(ours, case.logits)
 
 
-def test_export_is_import_reversed(case, tmp_path):
+def test_export_is_import(case, tmp_path):
     saved = hf.save_model(tmp_path / "out", case.model, case.params, case.source)
     again = hf.open_model(tmp_path / "out")
     extra = set(case.source.names()) - set(again.names())
@@ -139,15 +162,16 @@ def test_export_is_import_reversed(case, tmp_path):
         assert again.get(name).tobytes() == case.source.get(name).tobytes(), name
     assert (tmp_path / "out/config.json").read_bytes() == (case.folder / "config.json").read_bytes()
     assert "generation_config.json" in saved.files
-    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", attn_implementation="eager"
+    ).eval()
     close(case.torch_logits(reference), case.logits, 1e-6)
 
 
-def test_ragged_cached_decode_equals_forward(case):
+def test_cached_decode(case):
     """Two prompts of unequal length, padded on the left, decoded one token at a time past any window."""
     pad = 5
-    tokens, segments = case.tokens.copy(), np.ones((2, T), np.int32)
-    positions = np.tile(np.arange(T, dtype=np.int32), (2, 1))
+    tokens, (positions, segments) = case.tokens.copy(), map(np.copy, case.plain)
     tokens[1] = np.r_[np.zeros(pad, np.int32), case.tokens[1, : T - pad]]
     segments[1, :pad] = 0
     positions[1] = np.r_[np.zeros(pad, np.int32), np.arange(T - pad)]
@@ -164,27 +188,109 @@ def test_ragged_cached_decode_equals_forward(case):
 
 
 def test_packed_equals_single(case):
-    a, b = 9, 14
-    packed = np.r_[case.tokens[0, :a], case.tokens[1, :b]][None]
-    segments = np.r_[np.full(a, 1), np.full(b, 2)][None].astype(np.int32)
-    positions = np.r_[np.arange(a), np.arange(b)][None].astype(np.int32)
-    ours = jax.jit(case.model.logits)(case.params, packed, positions, segments)[0]
-    close(ours[:a], case.logits[0, :a])
-    close(ours[a:], case.logits[1, :b])
+    """Both rows hold the beginnings of both documents, in turns, and padding."""
+    a, b = 9, T - 9 - 2
+    cut = lambda x, n: x[:n]  # noqa: E731
+    packed = np.stack(
+        [
+            np.r_[cut(case.tokens[0], a), cut(case.tokens[1], b), [0, 0]],
+            np.r_[cut(case.tokens[1], b), cut(case.tokens[0], a), [0, 0]],
+        ]
+    ).astype(np.int32)
+    segments = np.array([[1] * a + [2] * b + [0] * 2, [1] * b + [2] * a + [0] * 2], np.int32)
+    positions = np.stack(
+        [np.r_[np.arange(a), np.arange(b), [0, 0]], np.r_[np.arange(b), np.arange(a), [0, 0]]]
+    ).astype(np.int32)
+    ours = case.forward(case.params, packed, positions, segments)
+    close(ours[0, :a], case.logits[0, :a])
+    close(ours[0, a : a + b], case.logits[1, :b])
+    close(ours[1, :b], case.logits[1, :b])
+    close(ours[1, b : a + b], case.logits[0, :a])
 
 
-def test_mesh_equals_one_device(case):
-    devices = mesh.make_mesh(mesh.MeshOptions(fsdp=2, tp=2), jax.devices()[:4])
-    shardings = weights.shardings(case.model.table, mesh.WEIGHT_RULES, devices)
-    params = hf.load_params(case.source, case.model, shardings=shardings)
-    leaf = params["layers"]["q"]
-    assert {s.data.shape for s in leaf.addressable_shards} == {(3, 24, 2, leaf.shape[-1])}
+# -- LoRA on every linear layer, on families
+
+
+@pytest.mark.filterwarnings("error:.*adapter keys.*")
+def test_adapter_through_peft(family, tmp_path):
+    peft.save(tmp_path / "a", family.plan, family.adapters, LORA, family.model.table, family.source)
+    (_, ours), _ = family.tuned
+    assert np.abs(ours - family.logits).max() > 1e-2  # the adapter does something
+    close(ours, family.torch_logits(with_peft(family, tmp_path / "a")))
+    again, plan_again, back = peft.load(tmp_path / "a", family.model)
+    assert plan_again == family.plan and (again.r, again.lora_alpha) == (4, 7)
+    assert jax.tree.structure(back) == jax.tree.structure(family.adapters)
+    jax.tree.map(np.testing.assert_array_equal, back, family.adapters)
+
+
+def test_merged_export(family, tmp_path):
+    (_, ours), _ = family.tuned
+    tree = lora.attach(family.params, family.adapters, family.plan)
+    saved = hf.save_model(
+        tmp_path / "m",
+        family.model,
+        None,
+        family.source,
+        plan=family.plan,
+        adapters=family.adapters,
+        check=hf.probe(family.model, tree),
+    )
+    assert saved.drift.max_logit < 1e-3 and saved.drift.agree == 1.0 and saved.rounding < 1e-3
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", attn_implementation="eager")
+    close(ours, family.torch_logits(reference.eval()))
+
+
+def test_gradients(family, tmp_path):
+    """Of one LoRA step, against PyTorch's through PEFT."""
+    peft.save(tmp_path / "a", family.plan, family.adapters, LORA, family.model.table, family.source)
+    module = with_peft(family, tmp_path / "a")
+    for key, p in module.named_parameters():
+        p.requires_grad_("lora_" in key)
+    tokens = torch.tensor(family.tokens).long()
+    logp = torch.log_softmax(module(tokens).logits[:, :-1], -1)
+    (-logp.gather(-1, tokens[:, 1:, None]).sum()).backward()
+    theirs = {
+        key.replace(".default", ""): p.grad.numpy() for key, p in module.named_parameters() if p.requires_grad
+    }
+    _, grads = family.tuned
+    write = lambda tree: peft._to_peft(family.plan, weights.flatten(tree), family.model.table)  # noqa: E731
+    ours, ones = write(grads), write(jax.tree.map(np.ones_like, grads))
+    assert set(ours) == set(theirs)
+    for key, grad in theirs.items():
+        close(ours[key], grad * ones[key], 1e-4)  # what PEFT fuses has blocks that are not ours
+
+
+def test_mesh(family):
+    """Loss, logits and gradients of a LoRA step with FSDP over four devices and TP over two."""
+    table = family.model.table
+    devices = mesh.make_mesh(mesh.MeshOptions(fsdp=4, tp=2), jax.devices()[:8])
+    shardings = weights.shardings(table, mesh.WEIGHT_RULES, devices)
+    params = hf.load_params(family.source, family.model, shardings=shardings)
+    split = sum(not x.sharding.is_fully_replicated for x in jax.tree.leaves(params))
+    assert split > len(table.rows) / 3
+    adapters = jax.device_put(family.adapters, mesh.adapter_shardings(devices, family.plan, table))
+    twice = np.tile(family.tokens, (2, 1))
     with mesh.use(devices):
-        ours = jax.jit(case.model.logits)(params, case.tokens)
-    close(ours, case.logits)
+        (loss, logits), grads = family.loss_and_grads(adapters, params, twice)
+    (loss_1, logits_1), grads_1 = family.tuned
+    close(loss, 2 * loss_1)
+    close(logits, np.tile(logits_1, (2, 1, 1)))
+    jax.tree.map(lambda a, b: close(a, 2 * b, 1e-4), grads, grads_1)
 
 
-# -- LoRA against PEFT
+PROOFS = {
+    "test_logits": "logits",
+    "test_export_is_import": "export = import",
+    "test_cached_decode": "cached decode",
+    "test_packed_equals_single": "packed = single",
+    "test_adapter_through_peft": "PEFT both ways",
+    "test_merged_export": "merged export",
+    "test_gradients": "LoRA gradients",
+    "test_mesh": "8 devices",
+}
+
+
+# -- PEFT's settings, on one family
 
 LORA_CASES = {
     "all": dict(r=4, lora_alpha=7),
@@ -225,16 +331,6 @@ def check_peft_loads(case, config, folder, **options):
 
 
 @pytest.mark.filterwarnings("error:.*adapter keys.*")
-def test_peft_loads_our_adapter_and_back(family, tmp_path):
-    config = lora.LoraConfig(r=4, lora_alpha=7)
-    plan, adapters, _ = check_peft_loads(family, config, tmp_path / "a")
-    again, plan_again, back = peft.load(tmp_path / "a", family.model)
-    assert plan_again == plan and (again.r, again.lora_alpha) == (4, 7)
-    assert jax.tree.structure(back) == jax.tree.structure(adapters)
-    jax.tree.map(np.testing.assert_array_equal, back, adapters)
-
-
-@pytest.mark.filterwarnings("error:.*adapter keys.*")
 @pytest.mark.parametrize("name", [n for n in LORA_CASES if n != "all"])
 def test_peft_loads_every_setting(name, tmp_path_factory, tmp_path):
     case = make_case("llama", tmp_path_factory.getbasetemp())
@@ -270,43 +366,6 @@ def test_we_load_what_peft_saved(name, tmp_path_factory, tmp_path):
     assert set(a.entries) == set(b.entries)
     for key in a.entries:
         np.testing.assert_array_equal(a.view(key), b.view(key))
-
-
-def test_merged_export_gives_our_logits(family, tmp_path):
-    plan, adapters, tree = tuned(family, lora.LoraConfig(r=4, lora_alpha=7))
-    check = hf.probe(family.model, tree)
-    saved = hf.save_model(
-        tmp_path / "m", family.model, None, family.source, plan=plan, adapters=adapters, check=check
-    )
-    assert saved.drift.max_logit < 1e-3 and saved.drift.agree == 1.0 and saved.rounding < 1e-3
-    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", attn_implementation="eager")
-    close(jax.jit(family.model.logits)(tree, family.tokens), family.torch_logits(reference.eval()))
-
-
-def test_gradients_of_a_lora_step_equal_pytorch(family, tmp_path):
-    config = lora.LoraConfig(r=4, lora_alpha=7)
-    plan, adapters, _ = tuned(family, config)
-    peft.save(tmp_path / "a", plan, adapters, config, family.model.table, family.source)
-    module = with_peft(family, tmp_path / "a")
-    for key, p in module.named_parameters():
-        p.requires_grad_("lora_" in key)
-    tokens = torch.tensor(family.tokens).long()
-    logp = torch.log_softmax(module(tokens).logits[:, :-1], -1)
-    (-logp.gather(-1, tokens[:, 1:, None]).sum()).backward()
-    theirs = {
-        key.replace(".default", ""): p.grad.numpy() for key, p in module.named_parameters() if p.requires_grad
-    }
-
-    def loss(adapters, base):
-        logits = family.model.logits(lora.attach(base, adapters, plan), family.tokens)[:, :-1]
-        logp = jax.nn.log_softmax(logits)
-        return -jnp.take_along_axis(logp, family.tokens[:, 1:, None], -1).sum()
-
-    ours = weights.flatten(jax.jit(jax.grad(loss))(adapters, family.params))
-    ours = peft._to_peft(plan, {k: np.asarray(v) for k, v in ours.items()}, family.model.table)
-    assert set(ours) == set(theirs)
-    for key, grad in theirs.items():
-        close(ours[key], grad, 1e-4)
 
 
 def test_a_tied_head_stays_tied(tmp_path_factory, tmp_path):
