@@ -74,8 +74,8 @@ class Weight:
 
     `hf` is its name in the checkpoint, `{layer}` standing for the layer's index and `{expert}` for the
     expert's where each has a tensor of its own. `layout` is LINEAR for a matrix and VECTOR for a vector
-    unless said. `role` is "linear", "router", "lookup", "head" or "vector", and decides what LoRA's "all-linear" and
-    the optimisers' groups take it for.
+    unless said. `role` is "linear", "router", "lookup", "head" or "vector", and decides what LoRA's
+    "all-linear" and the optimisers' groups take it for.
 
     `torch` is the parameter's name in the module that transformers builds, where that differs from `hf`;
     `part` = (i, n) says that the row is the i-th of n equal parts of that parameter's outputs."""
@@ -171,11 +171,12 @@ def find_runs(kinds: Sequence[str]) -> tuple[Run, ...]:
 @dataclasses.dataclass(frozen=True)
 class Table:
     """The rows of one model with the numbers that its letters stand for, and the runs that its stacked rows
-    belong to."""
+    belong to. `others` is a regex of names in its checkpoints that are no part of it and are carried along."""
 
     rows: Mapping[str, Weight]
     sizes: Mapping[str, int]
     runs: tuple[Run, ...] = ()
+    others: str = r".*rotary_emb\.inv_freq"
 
     @functools.cached_property
     def stacks(self) -> dict[str, tuple[int, ...]]:

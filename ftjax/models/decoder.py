@@ -266,7 +266,12 @@ class Decoder(nn.Module):
         for run in runs:
             for prefix, kind in run.blocks:
                 rows |= {prefix + name: row for name, row in cls.block_rows(cfg, kind).items()}
-        return Table(rows | outer, cfg.sizes, runs)
+        return Table(rows | outer, cfg.sizes, runs, cls.others(cfg))
+
+    @classmethod
+    def others(cls, cfg) -> str:
+        """A regex of whole names in the checkpoint that are no part of the decoder and go out as they came."""
+        return Table.others
 
     # -- the forward pass
 
@@ -275,7 +280,13 @@ class Decoder(nn.Module):
 
     def rotary(self, positions_BT, segments_BT):
         """`Shared.rotary`."""
-        return rope_table(positions_BT, segments_BT, dict(self.cfg.rope_parameters), self.cfg.head_dim)
+        return self.rotary_table(self.cfg.rope_parameters, positions_BT, segments_BT)
+
+    def rotary_table(self, rope_parameters, positions_BT, segments_BT, head_dim: int | None = None):
+        """(cos, sin) of these `rope_parameters` of config.json."""
+        longest = {"max_position_embeddings": self.cfg.max_position_embeddings}
+        parameters = longest | dict(rope_parameters)
+        return rope_table(positions_BT, segments_BT, parameters, head_dim or self.cfg.head_dim)
 
     def layer_data(self, w, x_BTD, tokens_BT) -> dict[str, Any]:
         """What differs between layers, each entry [L, …] over the model's layers in order."""
