@@ -171,7 +171,7 @@ def find_runs(kinds: Sequence[str]) -> tuple[Run, ...]:
 @dataclasses.dataclass(frozen=True)
 class Table:
     """The rows of one model with the numbers that its letters stand for, and the runs that its stacked rows
-    belong to. `others` is a regex of names in its checkpoints that are no part of it and are carried along."""
+    belong to. `others` is a regex of names in its checkpoints that are no part of it: carried along."""
 
     rows: Mapping[str, Weight]
     sizes: Mapping[str, int]

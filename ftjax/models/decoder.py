@@ -270,7 +270,7 @@ class Decoder(nn.Module):
 
     @classmethod
     def others(cls, cfg) -> str:
-        """A regex of whole names in the checkpoint that are no part of the decoder and go out as they came."""
+        """A regex of names in the checkpoint that are no part of the decoder and go out as they came."""
         return Table.others
 
     # -- the forward pass
