@@ -71,12 +71,12 @@ def interleaved(x: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(x.reshape(heads, 2, -1, *x.shape[1:]).swapaxes(1, 2)).reshape(x.shape)
 
 
-def _gpt2(name, shape, c):
+def _gpt2(name: str, shape: tuple[int, ...], c) -> list[Piece] | None:
     if re.search(r"(c_attn|c_proj|c_fc)\.weight$", name):  # a Conv1D holds [in, out]
-        return [(name, shape[::-1], np.transpose)]
+        return [(name, shape[::-1], lambda x: x.T)]
 
 
-def _gpt_neox(name, shape, c):
+def _gpt_neox(name: str, shape: tuple[int, ...], c) -> list[Piece] | None:
     if "query_key_value" in name:  # a head's q, k, v after one another -> all q, all k, all v
         heads = c.num_attention_heads
 
@@ -86,7 +86,7 @@ def _gpt_neox(name, shape, c):
         return _same_size(regroup, name, shape)
 
 
-def _gpt_oss(name, shape, c):
+def _gpt_oss(name: str, shape: tuple[int, ...], c) -> list[Piece] | None:
     if name.endswith("sinks"):
         return [(name + ".weight", shape, _same)]
     if not (found := re.search(r"experts\.(gate_up_proj|down_proj)(_bias)?$", name)):
@@ -103,7 +103,7 @@ def _gpt_oss(name, shape, c):
     ]
 
 
-def _deepseek(name, shape, c):
+def _deepseek(name: str, shape: tuple[int, ...], c) -> list[Piece] | None:
     if name.endswith("e_score_correction_bias"):
         return [(name.replace("_correction_bias", "_correction.bias"), shape, _same)]
     if not name.endswith("kv_b_proj.weight"):
@@ -123,7 +123,7 @@ def _deepseek(name, shape, c):
     ]
 
 
-def _shared_gate(name, shape, c):
+def _shared_gate(name: str, shape: tuple[int, ...], c) -> list[Piece] | None:
     if name.endswith("shared_expert_gate.weight"):
         return [(name, shape[1:], lambda x: x[0])]
 
@@ -321,7 +321,7 @@ FAMILIES = {  # config.json's model_type ->
 
 
 def family(config: Mapping[str, Any]) -> tuple[Family, Any]:
-    """(row of FAMILIES, transformers' config of the text model, its defaults filled in) of a config.json."""
+    """(row of FAMILIES, transformers' config of the text model with its defaults) of a config.json."""
     from transformers import AutoConfig  # slow to import
 
     kind = config.get("model_type")
@@ -497,7 +497,7 @@ def _rope(c, head_dim: int, notes: list[str]) -> dict[str, Any]:
         if rope.get("truncate") is False:
             notes.append("llama.cpp rounds the range of YaRN's ramp to whole dimensions: this model does not")
         return facts
-    if kind == "longrope":
+    if kind == "longrope" and original:
         scale = c.max_position_embeddings / original
         own = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
         given = rope.get("attention_factor")
@@ -591,13 +591,14 @@ class Tensor:
         from gguf import quantize
 
         x = np.ascontiguousarray(x)
+        if not np.isfinite(x).all():
+            raise UserError(f"{name}: not finite")
+        if self.dtype == np.uint8:
+            return quantize(x, self.kind)
         with np.errstate(over="ignore"):
-            out = x.astype(self.dtype) if self.dtype != np.uint8 else quantize(x, self.kind)
-        if not np.isfinite(x if self.dtype == np.uint8 else out).all():
-            raise UserError(
-                f"{name}: not finite"
-                + (" as F16, whose largest value is 65504: BF16 holds it" if np.isfinite(x).all() else "")
-            )
+            out = x.astype(self.dtype)
+        if not np.isfinite(out).all():
+            raise UserError(f"{name}: not finite as F16, whose largest value is 65504: BF16 holds it")
         return out
 
 

@@ -238,8 +238,8 @@ def test_rope_scaling(tmp_path):
     # the divisors are those that the forward pass uses
     from ftjax.ops import rope_frequencies
 
-    plain = rope_frequencies(dict(rope_theta=12345.0), D // N)
-    ours = rope_frequencies(rule | dict(rope_theta=12345.0), D // N)
+    plain, _ = rope_frequencies(dict(rope_theta=12345.0), D // N)
+    ours, _ = rope_frequencies(rule | dict(rope_theta=12345.0), D // N)
     np.testing.assert_allclose(plain / ours, divisors, rtol=1e-5)
     with pytest.raises(UserError, match="not Llama 3's scaling"):
         hf.open_model(write(tmp_path / "x.gguf", "llama", tensors, rope_freqs=divisors**2))
