@@ -371,8 +371,17 @@ def export_gguf(
     row, c = family(config)
     notes: list[str] = []
     facts = {k: v for k, v in metadata(row, c, notes).items() if v is not None}
-    rows = next((s[0] for n, s in shapes.items() if n.endswith(("embed_tokens.weight", "wte.weight"))), None)
-    rows = c.vocab_size if rows is None else rows
+    rows = next(
+        (
+            s[0]
+            for n, s in shapes.items()
+            if n.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight"))
+        ),
+        None,
+    )
+    if rows is None:
+        raise UserError("the checkpoint has no embedding (embed_tokens.weight)")
+    facts["vocab_size"] = rows
     vocabulary = tokenizer_facts(Path(tokenizer_folder), rows, chat_template, stop_ids, notes)
     plan = plan_tensors(row, c, shapes, quantise, notes)
     extra = rope_tensors(row, c)
@@ -435,7 +444,6 @@ def metadata(row: Family, c, notes: list[str]) -> dict[str, Any]:
         return next((v for n in names if (v := getattr(c, n, None)) is not None), None)
 
     facts = {
-        "vocab_size": c.vocab_size,
         "context_length": c.max_position_embeddings,
         "embedding_length": c.hidden_size,
         "block_count": c.num_hidden_layers,
@@ -889,12 +897,14 @@ def go_template(tokenizer, chat_template: str | None = None) -> tuple[str, str |
     """(Go template, the system text that the template adds when there is none) or None where the Jinja
     template is not a frame around each message, decided by rendering conversations."""
 
+    bos = tokenizer.bos_token_id  # where a tokenizer adds it, so does Ollama, before what the template gives
+    adds_bos = bos is not None and tokenizer.encode("a")[0] == bos
+
     def render(messages, prompt=False) -> str:
         text = tokenizer.apply_chat_template(
             messages, chat_template=chat_template, tokenize=False, add_generation_prompt=prompt
         )
-        # Ollama adds bos itself
-        return text.removeprefix(tokenizer.bos_token) if tokenizer.bos_token else text
+        return text.removeprefix(tokenizer.bos_token) if adds_bos else text
 
     def message(role, content):
         return {"role": role, "content": content}

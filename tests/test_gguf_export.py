@@ -97,6 +97,15 @@ CASES: dict[str, dict[str, Any]] = {
         model_type="gemma3_text", head_dim=H, tie_word_embeddings=True, query_pre_attn_scalar=H,
         sliding_window=8, num_hidden_layers=7,
     ),
+    "gemma3-pattern": dict(
+        model_type="gemma3_text", head_dim=H, tie_word_embeddings=True, query_pre_attn_scalar=H,
+        sliding_window=8,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        rope_parameters=dict(
+            full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1e6),
+            sliding_attention=dict(rope_type="default", rope_theta=1e4),
+        ),
+    ),
     "phi3": dict(model_type="phi3", sliding_window=None),
     "phi3-longrope": dict(
         model_type="phi3", sliding_window=None, rope_scaling=LONG, original_max_position_embeddings=256,
@@ -411,6 +420,37 @@ def test_types(tmp_path_factory, tmp_path):
     assert kinds["blk.0.ffn_down.weight"] == "F16" and kinds["blk.0.ffn_up.weight"] == "Q8_0"
 
 
+def test_bfloat16_is_kept(tmp_path_factory, tmp_path):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    case = make_case("qwen3", tmp_path_factory.getbasetemp())
+    tensors = {name: x.astype(ml_dtypes.bfloat16) for name, x in case.tensors.items()}
+    case = dataclasses.replace(case, tensors=tensors)
+    case.export(tmp_path / "m.gguf", quantise="BF16")
+    found = read_back(tmp_path / "m.gguf")
+    for name, x in in_file(case).items():
+        np.testing.assert_array_equal(found[name][1], x.astype(np.float32), err_msg=name)
+
+
+def test_the_text_part_of_gemma3(tmp_path_factory, tmp_path):
+    case = make_case("gemma3", tmp_path_factory.getbasetemp())
+    case.export(tmp_path / "text.gguf", quantise="F32")
+    names = {name: name.replace("model.", "model.language_model.", 1) for name in case.tensors}
+    tensors = {names[name]: x for name, x in case.tensors.items()}
+    tensors["model.vision_tower.a.weight"] = tensors["model.multi_modal_projector.b"] = np.zeros((2, 2))
+    config = {"model_type": "gemma3", "text_config": case.config}
+    done = dataclasses.replace(case, config=config, tensors=tensors).export(
+        tmp_path / "m.gguf", quantise="F32"
+    )
+    assert done.notes == ["2 tensors left out: a GGUF file holds the text model and its own layers only"]
+    found, wanted = read_back(tmp_path / "m.gguf"), read_back(tmp_path / "text.gguf")
+    assert set(found) == set(wanted)
+    for name, (_, x) in wanted.items():
+        np.testing.assert_array_equal(found[name][1], x)
+    fields = [GGUFReader(tmp_path / f).fields for f in ("m.gguf", "text.gguf")]
+    told = [{k: f.contents() for k, f in part.items() if k.startswith("gemma3.")} for part in fields]
+    assert told[0] == told[1]
+
+
 def test_one_tensor_at_a_time(tmp_path_factory, tmp_path):
     """Nothing is read before it is written, and an error leaves no file."""
     case = make_case("qwen3_moe", tmp_path_factory.getbasetemp())
@@ -641,6 +681,8 @@ def test_modelfile():
         + CHATML
     )
     assert written(default) == f'FROM ./m.gguf\nTEMPLATE """{GO}"""\nSYSTEM """Help."""\n'
+    tokenizer.bos_token = "<|im_start|>"  # which the tokenizer does not add, so it stays in the template
+    assert written(CHATML) == f'FROM ./m.gguf\nTEMPLATE """{GO}"""\n'
     trims = CHATML.replace("m.content", "m.content | upper")
     merges = (
         "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}{% endfor %}" + CHATML
