@@ -135,14 +135,17 @@ class Block:
     def scale(self) -> float:
         return self.cfg.head_dim**-0.5
 
+    def remember(self, k_BTKH, v_BTKH):
+        """The keys and values of all slots: those in the cache with this step's put there."""
+        if self.state is None:
+            return k_BTKH, v_BTKH
+        self.state, k_BSKH, v_BSKH = self.state.append(self.layer["index"], self.shared.slot, k_BTKH, v_BTKH)
+        return k_BSKH, v_BSKH
+
     def attend(self, q_BTNH, k_BTKH, v_BTKH, **facts):
         """Attention over this step's keys and those in the cache; `facts` as of ops.attention."""
         q_BTNH = shard(checkpoint_name(q_BTNH, "q"), "BTNH")
-        k_BSKH, v_BSKH = checkpoint_name(k_BTKH, "k"), checkpoint_name(v_BTKH, "v")
-        if self.state is not None:
-            self.state, k_BSKH, v_BSKH = self.state.append(
-                self.layer["index"], self.shared.slot, k_BSKH, v_BSKH
-            )
+        k_BSKH, v_BSKH = self.remember(checkpoint_name(k_BTKH, "k"), checkpoint_name(v_BTKH, "v"))
         facts = {"scale": self.scale, "window": self.layer.get("window")} | facts
         y_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, self.shared.queries, self.shared.keys, **facts)
         return checkpoint_name(y_BTNH, "attention")
