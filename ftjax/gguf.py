@@ -289,6 +289,15 @@ class GgufFile:
     def names(self) -> list[str]:
         return list(self._names)
 
+    def others(self) -> list[str]:
+        return []
+
+    def stored_name(self, name: str) -> str:  # an export has Hugging Face's names
+        return name
+
+    def torch_name(self, name: str) -> str:
+        return name
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shape(self._names[name])
 

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from ftjax import gguf, lora
+from ftjax import gguf, lora, models, quantised
 from ftjax.errors import UserError
 from ftjax.lora import Plan
 from ftjax.models import Model
@@ -44,6 +44,7 @@ FLOATS: Mapping[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
 DTYPES: Mapping[str, np.dtype] = {
     "I64": np.dtype(np.int64),
@@ -68,7 +69,7 @@ THREADS = min(4, os.cpu_count() or 1)  # each may hold one tensor's float32 copy
 
 
 class Source(Protocol):
-    """An opened base model: its config.json, and its tensors under their Hugging Face names."""
+    """An opened base model: its config.json, and its tensors under the names of its family's weight table."""
 
     @property
     def source(self) -> str: ...  # as the user gave it
@@ -83,7 +84,7 @@ class Source(Protocol):
     def kind(self) -> str: ...  # "hf" or "gguf"
 
     @property
-    def config(self) -> dict[str, Any]: ...  # config.json, unchanged
+    def config(self) -> dict[str, Any]: ...  # config.json, less how its weights were quantised
 
     def names(self) -> list[str]: ...
 
@@ -101,6 +102,18 @@ class Source(Protocol):
 
     def fingerprint(self) -> str:
         """sha256 over the names, shapes, dtypes and bytes of all tensors, whatever file each is in."""
+        ...
+
+    def stored_name(self, name: str) -> str:
+        """What the checkpoint itself calls `name`."""
+        ...
+
+    def torch_name(self, name: str) -> str:
+        """`name`, a parameter of transformers' text decoder, in the class that loads the whole checkpoint."""
+        ...
+
+    def others(self) -> list[str]:
+        """Tensors that are no part of the text decoder (a vision tower's), by the checkpoint's names."""
         ...
 
     def tokenizer(self) -> Any: ...
@@ -177,43 +190,58 @@ class HfFolder:
 
     def __init__(self, path: Path, source: str, revision: str | None = None):
         self.path, self.source, self.revision = path, source, revision
-        self.config = read_json(path / "config.json")
-        if self.config.get("quantization_config"):
-            method = self.config["quantization_config"].get("quant_method")
-            raise UserError(
-                f"{path}/config.json: a quantised checkpoint (quantization_config, quant_method={method!r}) "
-                "is not supported: give the unquantised model, or a GGUF file"
-            )
+        config = read_json(path / "config.json")
+        self.config = quantised.unquantised_config(config)
         self._files = _weight_files(path)
         self._where = {name: file for file in self._files for name in file.entries}
+        entries = {name: file.entries[name][:2] for name, file in self._where.items()}
+        self._tensors = quantised.Dequantised(str(path), config, entries, self._stored)
+        renamed = models.table_names(self.config, self._tensors.names())
+        self._names = {new: old for old, new in renamed.items() if new is not None}
+        self._others = [old for old, new in renamed.items() if new is None]
         self._digest: str | None = None
 
-    def names(self) -> list[str]:
-        return list(self._where)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._where[name].entries[name][1]
-
-    def dtype(self, name: str) -> np.dtype:
-        return self._where[name].entries[name][0]
-
-    def get(self, name: str) -> np.ndarray:
+    def _stored(self, name: str) -> np.ndarray:
         return self._where[name].view(name)
 
+    def names(self) -> list[str]:
+        return list(self._names)
+
+    def others(self) -> list[str]:
+        return list(self._others)
+
+    def stored_name(self, name: str) -> str:
+        return self._names.get(name, name)
+
+    def torch_name(self, name: str) -> str:
+        return models.torch_name(self.config, name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors.shape(self.stored_name(name))
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._tensors.dtype(self.stored_name(name))
+
+    def get(self, name: str) -> np.ndarray:
+        return self._tensors.get(self.stored_name(name))
+
     def release(self, name: str) -> None:
-        self._where[name].release(name)
+        for part in self._tensors.parts(self.stored_name(name)):
+            self._where[part].release(part)
 
     def fingerprint(self) -> str:
         if self._digest is None:
             with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # sha256 lets go of the GIL
-                lines = pool.map(self._fingerprint_line, sorted(self.names()))
+                lines = pool.map(self._fingerprint_line, sorted(self._where))
                 self._digest = hashlib.sha256("".join(lines).encode()).hexdigest()
         return self._digest
 
     def _fingerprint_line(self, name: str) -> str:
-        digest = hashlib.sha256(self.get(name).reshape(-1).view(np.uint8).data).hexdigest()
-        self.release(name)
-        return f"{name} {self.dtype(name)} {self.shape(name)} {digest}\n"
+        file = self._where[name]
+        dtype, shape, _ = file.entries[name]
+        digest = hashlib.sha256(file.view(name).reshape(-1).view(np.uint8).data).hexdigest()
+        file.release(name)
+        return f"{name} {dtype} {shape} {digest}\n"
 
     @property
     def generation_config(self) -> dict[str, Any] | None:
@@ -371,7 +399,10 @@ def load_tokenizer(source: Source, *, need_chat_template: bool = False):
     template.
     """
     tokenizer = source.tokenizer()
-    rows, top = source.config.get("vocab_size"), max(tokenizer.get_vocab().values(), default=-1)
+    rows, top = (
+        models.text_config(source.config).get("vocab_size"),
+        max(tokenizer.get_vocab().values(), default=-1),
+    )
     if rows is not None and top >= rows:
         token = tokenizer.convert_ids_to_tokens(top)
         raise UserError(
@@ -393,7 +424,7 @@ def check_names(source: Source, table: Table) -> None:
     missing = [n for n in wanted if n not in have]
     if missing:
         raise UserError(f"{source.source}: {len(missing)} tensors missing from the weights: {few(missing)}")
-    extra = [n for n in source.names() if n not in wanted and not n.endswith("rotary_emb.inv_freq")]
+    extra = [n for n in source.names() if n not in wanted and not re.fullmatch(table.others, n)]
     if "lm_head.weight" in extra and "lm_head" not in table.rows:
         embed = table.names("embed")[0]
         if not np.array_equal(source.get("lm_head.weight"), source.get(embed)):
@@ -660,15 +691,18 @@ def save_model(
     if dtype is not None and dtype not in FLOATS.values():
         raise UserError(f"dtype {dtype} cannot be saved; one of: float32, bfloat16, float16")
     noise = np.zeros(2)
-    entries = {
-        name: (hf_shape(model.table, path), dtype or source.dtype(name))
-        for path in model.table.rows
-        for name in model.table.names(path)
-    }
+    own = {source.stored_name(n): n for path in model.table.rows for n in model.table.names(path)}
+    shapes = {n: hf_shape(model.table, path) for path in model.table.rows for n in model.table.names(path)}
+    entries = {stored: (shapes[name], dtype or source.dtype(name)) for stored, name in own.items()}
+    # what is no part of the decoder goes out as it came in, but for a tied head's copy of the embedding
+    carried = [n for n in source.names() if re.fullmatch(model.table.others, n) and n not in shapes]
+    entries |= {n: (source.shape(n), source.dtype(n)) for n in [*source.others(), *carried]}
     tuned = _Tuned(model.table, source, plan, adapters, params)
 
     def tensor(name: str) -> np.ndarray:
-        base, x = tuned(name)
+        if name not in own:
+            return source.get(name)
+        base, x = tuned(own[name])
         out = np.ascontiguousarray(x.astype(entries[name][1], copy=False))
         if not np.isfinite(x).all():
             raise UserError(f"{name} has values that are not finite: nothing was written")
@@ -823,7 +857,8 @@ def write_json(path: Path, value) -> None:
 def _write_config(folder: Path, source: Source, dtype: np.dtype | None) -> None:
     key = "dtype" if "dtype" in source.config else "torch_dtype"
     raw = source.path / "config.json"
-    if raw.is_file() and (dtype is None or source.config.get(key) == dtype.name):
+    same = raw.is_file() and read_json(raw) == source.config  # not where the source was quantised
+    if same and (dtype is None or source.config.get(key) == dtype.name):
         shutil.copyfile(raw, folder / "config.json")
         return
     write_json(folder / "config.json", source.config | ({key: dtype.name} if dtype is not None else {}))

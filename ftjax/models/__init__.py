@@ -1,6 +1,8 @@
 """The registry: config.json's model_type -> the class that implements it."""
 
 import importlib
+import re
+from collections.abc import Iterable
 from typing import Any
 
 from ftjax.errors import UserError
@@ -8,6 +10,9 @@ from ftjax.models.common import KV, Cache, Model, ModelConfig, RunOptions, text_
 
 # model_type -> "file:class" under ftjax/models, imported when asked for
 REGISTRY = {
+    "deepseek_v2": "deepseek:DeepseekV2",
+    "deepseek_v3": "deepseek:DeepseekV3",
+    "glm4_moe_lite": "deepseek:Glm4MoeLite",
     "llama": "llama:Llama",
     "mistral": "llama:Mistral",
     "mixtral": "mixtral:Mixtral",
@@ -45,6 +50,43 @@ def from_config(raw: dict[str, Any]) -> Model:
     return Model(config, decoder.make_table(config), decoder)
 
 
+# A multimodal model's text decoder lies under one of these in its checkpoint ...
+_TEXT = re.compile(r"(?:model\.)?language_model\.(?:model\.)?(.+)")
+# ... and in transformers' module under the first of these, or whole under `language_model.`
+_TORCH_TEXT, _NESTED = "model.language_model.", ("llama4",)
+
+
+def table_names(raw: dict[str, Any], names: Iterable[str]) -> dict[str, str | None]:
+    """{name in the checkpoint: name in the family's weight table}, None for what is no part of the text
+    decoder."""
+    names = list(names)
+    if "text_config" in raw:
+        return {n: _text_name(n) for n in names}
+    renames = family(raw["model_type"]).RENAMES if raw.get("model_type") in REGISTRY else {}
+    out = {}
+    for name in names:
+        out[name] = name
+        for pattern, replacement in renames.items():
+            out[name] = re.sub(rf"^{pattern}", replacement, out[name])
+    return out
+
+
+def _text_name(name: str) -> str | None:
+    found = _TEXT.fullmatch(name)
+    if found is None:
+        return name if name.startswith("lm_head.") else None
+    return found[1] if found[1].startswith("lm_head.") else "model." + found[1]
+
+
+def torch_name(raw: dict[str, Any], name: str) -> str:
+    """A parameter of transformers' text decoder, by its name in the class that loads the checkpoint."""
+    if "text_config" not in raw:
+        return name
+    if raw.get("model_type") in _NESTED:
+        return "language_model." + name
+    return re.sub(r"^model\.", _TORCH_TEXT, name)
+
+
 __all__ = [
     "KV",
     "REGISTRY",
@@ -54,5 +96,7 @@ __all__ = [
     "RunOptions",
     "family",
     "from_config",
+    "table_names",
     "text_config",
+    "torch_name",
 ]

@@ -219,6 +219,9 @@ class Decoder(nn.Module):
     # keys of config.json beyond Config's fields -> the values implemented, None for any; where transformers'
     # model of the family ignores a key, only the value that says what it computes is taken
     KEYS: ClassVar[Keys] = {}
+    # regex at the beginning of a name in the checkpoint -> its replacement: where files name the weights in
+    # several ways, this leads to the table's
+    RENAMES: ClassVar[Mapping[str, str]] = {}
     LAYER_TYPES: ClassVar[tuple[str, ...]] = ("full_attention", "sliding_attention")
 
     # -- what config.json says
