@@ -208,7 +208,8 @@ def error(ours, theirs) -> float:
 
 def llama_cpp_logits(path: Path) -> np.ndarray:
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    model = llama_cpp.Llama(str(path), n_ctx=64, n_batch=64, logits_all=True, verbose=False, n_threads=1)
+    f32 = dict(type_k=0, type_v=0)  # of cached keys and values
+    model = llama_cpp.Llama(str(path), n_ctx=64, logits_all=True, verbose=False, n_threads=1, **f32)
     model.eval(TOKENS.tolist())
     return np.array(model.scores[:T])
 
@@ -216,9 +217,9 @@ def llama_cpp_logits(path: Path) -> np.ndarray:
 def test_llama_cpp_computes_the_same(case, tmp_path):
     case.export(tmp_path / "m.gguf", quantise="F32")
     ours = llama_cpp_logits(tmp_path / "m.gguf")
-    # llama.cpp keeps the keys and values in F16 (11 bits), and some of its functions come from F16 tables
-    assert error(ours, case.logits) < 3e-3
-    assert (ours.argmax(-1) == case.logits.argmax(-1)).mean() > 0.95
+    gelu = case.config["model_type"].startswith(("gemma", "starcoder2", "gpt2", "gpt_neox"))
+    # llama.cpp looks GELU up in a table of F16 values (2^-11 each); all else is float32
+    assert error(ours, case.logits) < (2e-3 if gelu else 1e-5)
 
 
 # --- read without llama.cpp
@@ -396,7 +397,7 @@ def test_transformers_reads_the_config(name, tmp_path_factory, tmp_path):
 def test_llama_cpp_computes_what_is_rounded(name, quantise, tmp_path_factory, tmp_path):
     case = make_case(name, tmp_path_factory.getbasetemp())
     case.export(tmp_path / "m.gguf", quantise=quantise)
-    # llama.cpp rounds what it multiplies the weights by in the same way: two errors, and F16 keys and values
+    # llama.cpp rounds what it multiplies the weights by in the same way: two errors, and GELU's
     allowed = GROWTH * max(2 * ROUNDING[quantise], ROUNDING["F16"])
     assert spread(llama_cpp_logits(tmp_path / "m.gguf"), case.logits) < allowed
 
