@@ -24,8 +24,36 @@ LLAMA3 = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=16,
 )
+MLA = dict(
+    num_key_value_heads=4,
+    head_dim=None,
+    q_lora_rank=20,
+    kv_lora_rank=28,
+    qk_nope_head_dim=10,
+    qk_rope_head_dim=8,
+    v_head_dim=14,
+    n_routed_experts=8,
+    n_shared_experts=2,
+    num_experts_per_tok=3,
+    moe_intermediate_size=24,
+    n_group=4,
+    topk_group=2,
+    routed_scaling_factor=1.7,
+)
+YARN = dict(
+    rope_type="yarn",
+    factor=4.0,
+    original_max_position_embeddings=32,
+    beta_fast=8.0,
+    beta_slow=1.0,
+    mscale=0.7,
+    mscale_all_dim=0.9,
+)
 # A family's line holds what differs from BASE; None takes a key of BASE away.
 FAMILIES: dict[str, dict] = {
+    "deepseek_v2": MLA | dict(first_k_dense_replace=1, topk_method="group_limited_greedy", rope_scaling=YARN),
+    "deepseek_v3": MLA | dict(first_k_dense_replace=1, rope_scaling=YARN),
+    "glm4_moe_lite": MLA | dict(n_group=1, topk_group=1),
     "llama": dict(),
     "mistral": dict(sliding_window=7),
     "mixtral": dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=9),
@@ -34,6 +62,18 @@ FAMILIES: dict[str, dict] = {
 }
 # name -> (family, what differs from the family's line)
 VARIANTS: dict[str, tuple[str, dict]] = {
+    "deepseek_v2-lite": ("deepseek_v2", dict(q_lora_rank=None, topk_method="greedy")),
+    "deepseek_v3-plain": (
+        "deepseek_v3",
+        dict(
+            q_lora_rank=None,
+            rope_interleave=False,
+            norm_topk_prob=False,
+            attention_bias=True,
+            rope_scaling=None,
+            first_k_dense_replace=0,
+        ),
+    ),
     "llama-tied": ("llama", dict(tie_word_embeddings=True)),
     "llama-bias-rope3": ("llama", dict(attention_bias=True, rope_scaling=LLAMA3)),
     "llama-linear": ("llama", dict(rope_scaling=dict(rope_type="linear", factor=3.0))),
