@@ -68,6 +68,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     rope_parameters: tuple[tuple[str, Any], ...] = ()  # a dict's items: a config is hashable
     windows: tuple[int | None, ...] = ()  # attention window of each layer, None = all of the past
+    no_rope: tuple[bool, ...] = ()  # of each layer, whether it has no positions (NoPE); () = none has
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -286,7 +286,11 @@ class Decoder(nn.Module):
 
     def rotary(self, positions_BT, segments_BT):
         """`Shared.rotary`."""
-        return self.rotary_table(self.cfg.rope_parameters, positions_BT, segments_BT)
+        table = self.rotary_table(self.cfg.rope_parameters, positions_BT, segments_BT)
+        if not any(self.cfg.no_rope):
+            return table
+        cos, sin = table
+        return [table, (jnp.ones_like(cos), jnp.zeros_like(sin))]
 
     def rotary_table(self, rope_parameters, positions_BT, segments_BT, head_dim: int | None = None):
         """(cos, sin) of these `rope_parameters` of config.json."""
@@ -296,10 +300,13 @@ class Decoder(nn.Module):
 
     def layer_data(self, w, x_BTD, tokens_BT) -> dict[str, Any]:
         """What differs between layers, each entry [L, …] over the model's layers in order."""
-        if not any(self.cfg.windows):
-            return {}
-        never = np.iinfo(np.int32).max
-        return {"window": np.array([window or never for window in self.cfg.windows], np.int32)}
+        data = {}
+        if any(self.cfg.windows):
+            never = np.iinfo(np.int32).max
+            data["window"] = np.array([window or never for window in self.cfg.windows], np.int32)
+        if any(self.cfg.no_rope):
+            data["rope"] = np.array(self.cfg.no_rope, np.int32)
+        return data
 
     def carry(self, x_BTD) -> dict[str, Any]:
         """The first value of `Block.carry`."""
