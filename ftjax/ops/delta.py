@@ -111,6 +111,30 @@ def _step(*args):
     return y_BNX[:, None].astype(args[2].dtype), state
 
 
+def _unit_lower_inverse(x):
+    """(1 + x)⁻¹ of the strictly lower triangular x [..., C, C], by products alone: from the inverses of two
+    neighbouring diagonal blocks A and D follows that of [[A, 0], [B, D]], [[A⁻¹, 0], [-D⁻¹ B A⁻¹, D⁻¹]].
+
+    A triangular solve would be a library call for each matrix, and two such calls at once can wait for each
+    other for ever in XLA's CPU thread pool.
+    """
+    *lead, C, _ = x.shape
+    size = 1 << (C - 1).bit_length()
+    x = jnp.pad(x, [(0, 0)] * len(lead) + [(0, size - C)] * 2)
+    inverse = jnp.ones((*lead, size, 1, 1), x.dtype)
+    n = 1
+    while n < size:
+        m = size // (2 * n)
+        a, d = jnp.moveaxis(inverse.reshape(*lead, m, 2, n, n), -3, 0)
+        blocks = jnp.diagonal(x.reshape(*lead, m, 2 * n, m, 2 * n), axis1=-4, axis2=-2)
+        b = jnp.moveaxis(blocks, -1, -3)[..., n:, :n]
+        b = -_einsum("...IJ,...JK->...IK", _einsum("...IJ,...JK->...IK", d, b), a)
+        top = jnp.concatenate([a, jnp.zeros_like(a)], axis=-1)
+        inverse = jnp.concatenate([top, jnp.concatenate([b, d], axis=-1)], axis=-2)
+        n *= 2
+    return inverse[..., 0, :C, :C]
+
+
 @jax.checkpoint
 def _chunks(*args):
     """Chunks of C tokens one after the other, a chunk's tokens at once. With S the state before the chunk,
@@ -146,8 +170,7 @@ def _chunks(*args):
 
     system = jnp.where(column < row, _einsum("LBNIH,LBNJH->LBNIJ", k, k) * decay_LBNCC, 0.0) * beta[..., None]
     right = beta[..., None] * jnp.concatenate([v, k * start_LBNC[..., None]], axis=-1)
-    # the solver takes the diagonal as ones and does not read it
-    solved = jax.lax.linalg.triangular_solve(system, right, left_side=True, lower=True, unit_diagonal=True)
+    solved = _einsum("LBNIJ,LBNJX->LBNIX", _unit_lower_inverse(system), right)
     per_chunk = (
         solved[..., :X],
         solved[..., X:],
