@@ -94,6 +94,7 @@ class ModelConfig:
             given["windows"] = read_windows(hf)
         if "rope_parameters" not in given:
             given["rope_parameters"] = read_rope(hf)
+        given.setdefault("no_rope", ())
         names = [f.name for f in dataclasses.fields(cls) if f.name not in given]
         return cls(**{name: _hashable(getattr(hf, name)) for name in names}, **given)
 
