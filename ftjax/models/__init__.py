@@ -12,12 +12,27 @@ from ftjax.models.common import KV, Cache, Model, ModelConfig, RunOptions, text_
 REGISTRY = {
     "deepseek_v2": "deepseek:DeepseekV2",
     "deepseek_v3": "deepseek:DeepseekV3",
+    "gemma": "gemma:Gemma",
+    "gemma2": "gemma:Gemma2",
+    "gemma3_text": "gemma:Gemma3",
     "glm4_moe_lite": "deepseek:Glm4MoeLite",
+    "gpt2": "gpt:Gpt2",
+    "gpt_neox": "gpt:GptNeox",
+    "granite": "granite:Granite",
+    "granitemoehybrid": "granite:GraniteHybrid",
+    "internlm3": "internlm3:InternLM3",
     "llama": "llama:Llama",
     "mistral": "llama:Mistral",
     "mixtral": "mixtral:Mixtral",
+    "olmo2": "olmo:Olmo2",
+    "olmo3": "olmo:Olmo3",
+    "nemotron": "nemotron:Nemotron",
+    "phi3": "phi:Phi3",
     "qwen2": "llama:Qwen2",
+    "qwen2_moe": "qwen_moe:Qwen2Moe",
     "qwen3": "llama:Qwen3",
+    "starcoder2": "starcoder2:Starcoder2",
+    "qwen3_moe": "qwen_moe:Qwen3Moe",
 }
 
 

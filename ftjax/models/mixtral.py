@@ -4,16 +4,13 @@ arXiv:2401.04088."""
 import dataclasses
 
 from ftjax.models.decoder import ATTENTION, LAYER, MLP_NORM, Decoder
-from ftjax.models.llama import LlamaConfig
-from ftjax.models.moe import MoeBlock, expert_rows
+from ftjax.models.moe import MoeBlock, MoeConfig, expert_rows
 from ftjax.weights import Weight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MixtralConfig(LlamaConfig):
+class MixtralConfig(MoeConfig):
     num_local_experts: int
-    num_experts_per_tok: int
-    router_aux_loss_coef: float
 
     @property
     def sizes(self):

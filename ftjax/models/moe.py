@@ -1,12 +1,33 @@
 """Layers whose MLP is a mixture of experts: the rows most families have, and the block. Shazeer et al. 2017,
-arXiv:1701.06538; no token is dropped."""
+arXiv:1701.06538; no token is dropped.
 
+Letters beyond weights.py: E experts, M an expert's inner size, I that of an MLP for every token beside them
+(shared experts), U = 2 the gate and the up of one tensor, J = 1.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from ftjax.models.decoder import LAYER, Block, Rows
-from ftjax.ops import einsum, experts, grouped, router_statistics, top_k_softmax
+from ftjax.models.llama import LlamaConfig
+from ftjax.ops import einsum, expert_bias, experts, grouped, router_statistics, top_k_softmax
 from ftjax.weights import Weight
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoeConfig(LlamaConfig):
+    """A subclass says in its sizes what E, M (and I) are."""
+
+    num_experts_per_tok: int
+    router_aux_loss_coef: float
+
+    @property
+    def sizes(self):
+        return super().sizes | dict(U=2, J=1)
 
 
 def expert_rows(
@@ -24,20 +45,36 @@ def expert_rows(
     }
 
 
+def shared_rows(hf: str) -> Rows:
+    """The MLP for every token."""
+    return {
+        "shared_gate": Weight("D->I", hf + "gate_proj.weight"),
+        "shared_up": Weight("D->I", hf + "up_proj.weight"),
+        "shared_down": Weight("I->D", hf + "down_proj.weight"),
+    }
+
+
 ROUTER: Rows = {"router": Weight("D->E", LAYER + "mlp.gate.weight", role="router")}
 
 
 class MoeBlock(Block):
-    """A config with these needs `num_experts`, `num_experts_per_tok` and, in its sizes, E and M (an expert's
-    inner size)."""
+    """Experts in place of the MLP; `gate` and `up` are two weights, or one, `experts_gate_up`, whose outputs'
+    axis `gate_up_axis` holds them. A config with these needs `num_experts_per_tok` and, in its sizes, E and
+    M."""
 
-    normalise_weights = True
+    weigh_input: ClassVar[bool] = False  # a token's weight multiplies what its expert gets, not what it gives
+    gate_up_axis: ClassVar[int] = 1
+
+    @property
+    def normalise_weights(self) -> bool:
+        """Whether the weights of a token's experts sum to 1."""
+        return getattr(self.cfg, "norm_topk_prob", True)
 
     def mlp(self, h_BTD, prefix: str = ""):
         h_XD = h_BTD.reshape(-1, h_BTD.shape[-1])
         chosen_XC, weight_XC = self.route(h_XD)
         count = self.cfg.sizes["E"]
-        return experts(h_XD, chosen_XC, weight_XC, self.expert, count).reshape(h_BTD.shape)
+        return experts(h_XD, chosen_XC, weight_XC, self.expert, count, self.weigh_input).reshape(h_BTD.shape)
 
     def route(self, h_XD):
         """(experts, their weights), each [X, C]."""
@@ -47,7 +84,10 @@ class MoeBlock(Block):
         return chosen_XC, weight_XC
 
     def router_logits(self, h_XD):
-        return checkpoint_name(einsum("XD,DE->XE", h_XD, self.w["router"], jnp.float32), "router")
+        logits_XE = einsum("XD,DE->XE", h_XD, self.w["router"], jnp.float32)
+        if "router_logits_bias" in self.w:
+            logits_XE += self.w["router_logits_bias"].astype(jnp.float32)
+        return checkpoint_name(logits_XE, "router")
 
     def observe(self, logits_XE, chosen_XC, probs_XE=None):
         """Put the statistics that balance losses are made of, over live tokens, into `aux`."""
@@ -55,6 +95,33 @@ class MoeBlock(Block):
         self.aux = router_statistics(logits_XE, chosen_XC, live_X, probs_XE)
 
     def expert(self, rows_MD, sizes):
-        gate = checkpoint_name(grouped(rows_MD, self.w["experts_gate"], sizes), "gate")
-        up = checkpoint_name(grouped(rows_MD, self.w["experts_up"], sizes), "up")
-        return grouped(checkpoint_name(self.gated(gate, up), "act"), self.w["experts_down"], sizes)
+        """Each row through its own expert: rows sorted by expert, `sizes` [E] of them each."""
+        if "experts_gate_up" in self.w:
+            both = self.expert_linear(rows_MD, "experts_gate_up", sizes)
+            gate, up = jnp.moveaxis(both, self.gate_up_axis, 0)
+        else:
+            gate = self.expert_linear(rows_MD, "experts_gate", sizes)
+            up = self.expert_linear(rows_MD, "experts_up", sizes)
+        act = self.gated(checkpoint_name(gate, "gate"), checkpoint_name(up, "up"))
+        return self.expert_linear(checkpoint_name(act, "act"), "experts_down", sizes)
+
+    def expert_linear(self, rows, name: str, sizes):
+        """Each row's product with its own expert's weight, plus `name_bias` where the table has one."""
+        y = grouped(rows, self.w[name], sizes)
+        bias = self.w.get(name + "_bias")
+        return y if bias is None else y + expert_bias(bias, sizes, len(rows)).astype(y.dtype)
+
+
+class SharedMoeBlock(MoeBlock):
+    """Experts, and the MLP for every token; its output is times sigmoid(x · `shared_scale`) where there is
+    one."""
+
+    def mlp(self, h_BTD, prefix: str = ""):
+        return super().mlp(h_BTD, prefix) + self.shared_mlp(h_BTD)
+
+    def shared_mlp(self, h_BTD):
+        y_BTD = Block.mlp(self, h_BTD, "shared_")
+        if "shared_scale" in self.w:
+            scale_BTJ = einsum("BTD,DJ->BTJ", h_BTD, self.w["shared_scale"])
+            y_BTD *= jax.nn.sigmoid(scale_BTJ.astype(jnp.float32)).astype(y_BTD.dtype)
+        return y_BTD

@@ -24,6 +24,7 @@ LLAMA3 = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=16,
 )
+GEMMA = dict(head_dim=20, num_hidden_layers=4, sliding_window=6, tie_word_embeddings=True)
 MLA = dict(
     num_key_value_heads=4,
     head_dim=None,
@@ -49,16 +50,67 @@ YARN = dict(
     mscale=0.7,
     mscale_all_dim=0.9,
 )
+BARE = dict(num_key_value_heads=None, head_dim=None, rms_norm_eps=None)
+GPT2 = BARE | dict(
+    hidden_size=None,
+    n_embd=48,
+    intermediate_size=None,
+    n_inner=80,
+    num_hidden_layers=None,
+    n_layer=3,
+    num_attention_heads=None,
+    n_head=4,
+    max_position_embeddings=None,
+    n_positions=40,
+    rope_theta=None,
+    layer_norm_epsilon=3e-4,
+)
+LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
+GRANITE = dict(embedding_multiplier=3, residual_multiplier=0.4, attention_multiplier=0.11, logits_scaling=0.7)
+LONGROPE = dict(
+    rope_type="longrope",
+    short_factor=[1.0, 1.25, 1.5],
+    long_factor=[1.5, 3.0, 7.0],
+)
 # A family's line holds what differs from BASE; None takes a key of BASE away.
 FAMILIES: dict[str, dict] = {
     "deepseek_v2": MLA | dict(first_k_dense_replace=1, topk_method="group_limited_greedy", rope_scaling=YARN),
     "deepseek_v3": MLA | dict(first_k_dense_replace=1, rope_scaling=YARN),
+    "gemma": dict(head_dim=20, tie_word_embeddings=True),
+    "gemma2": GEMMA | dict(query_pre_attn_scalar=20, attn_logit_softcapping=3.0, final_logit_softcapping=2.0),
+    "gemma3_text": GEMMA
+    | dict(query_pre_attn_scalar=20, sliding_window_pattern=3, rope_local_base_freq=99.0),
     "glm4_moe_lite": MLA | dict(n_group=1, topk_group=1),
+    "gpt2": GPT2 | dict(tie_word_embeddings=True),
+    "gpt_neox": BARE | dict(layer_norm_eps=3e-4, rotary_pct=0.5, rope_theta=None, rotary_emb_base=12345),
+    "granite": GRANITE,
+    "granitemoehybrid": GRANITE
+    | dict(
+        **dict(intermediate_size=64, shared_intermediate_size=80, num_local_experts=0, mamba_n_heads=4),
+        **dict(layer_types=["attention"] * 3, position_embedding_type="rope"),
+    ),
+    "internlm3": dict(attention_bias=True, mlp_bias=True, rope_scaling=dict(rope_type="dynamic", factor=3.0)),
     "llama": dict(),
     "mistral": dict(sliding_window=7),
     "mixtral": dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=9),
+    "olmo2": dict(),
+    "olmo3": dict(sliding_window=5, layer_types=LAYER_TYPES, rope_scaling=YARN),
+    "nemotron": dict(rms_norm_eps=None, norm_eps=3e-4, partial_rotary_factor=0.75, mlp_bias=True),
+    "phi3": dict(
+        head_dim=None,
+        partial_rotary_factor=0.5,
+        sliding_window=11,
+        rope_scaling=LONGROPE,
+        original_max_position_embeddings=64,
+    ),
     "qwen2": dict(tie_word_embeddings=True),
+    "qwen2_moe": dict(
+        **dict(num_hidden_layers=4, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24),
+        **dict(shared_expert_intermediate_size=36, decoder_sparse_step=2, head_dim=None),
+    ),
     "qwen3": dict(head_dim=24),
+    "starcoder2": dict(head_dim=None, rms_norm_eps=None, norm_epsilon=3e-4, sliding_window=9, use_bias=True),
+    "qwen3_moe": dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True),
 }
 # name -> (family, what differs from the family's line)
 VARIANTS: dict[str, tuple[str, dict]] = {
@@ -74,10 +126,47 @@ VARIANTS: dict[str, tuple[str, dict]] = {
             first_k_dense_replace=0,
         ),
     ),
+    "gpt2-untied-scales": (
+        "gpt2",
+        dict(
+            tie_word_embeddings=False,
+            scale_attn_weights=False,
+            scale_attn_by_inverse_layer_idx=True,
+            reorder_and_upcast_attn=True,
+            activation_function="relu",
+        ),
+    ),
+    "gpt_neox-serial": ("gpt_neox", dict(use_parallel_residual=False, attention_bias=False)),
+    "gemma-bias-untied": ("gemma", dict(attention_bias=True, tie_word_embeddings=False)),
+    "gemma2-uncapped": ("gemma2", dict(attn_logit_softcapping=None, final_logit_softcapping=None)),
+    "gemma3-linear": (
+        "gemma3_text",
+        dict(rope_scaling=dict(rope_type="linear", factor=8.0), final_logit_softcapping=2.0),
+    ),
+    "granite-bias": ("granite", dict(attention_bias=True, tie_word_embeddings=True)),
+    "granitemoehybrid-nope": ("granitemoehybrid", dict(position_embedding_type="nope")),
+    "internlm3-no-bias": ("internlm3", dict(attention_bias=False, mlp_bias=False)),
     "llama-tied": ("llama", dict(tie_word_embeddings=True)),
     "llama-bias-rope3": ("llama", dict(attention_bias=True, rope_scaling=LLAMA3)),
     "llama-linear": ("llama", dict(rope_scaling=dict(rope_type="linear", factor=3.0))),
+    "olmo2-bias": ("olmo2", dict(attention_bias=True, tie_word_embeddings=True)),
+    "qwen2_moe-window": (
+        "qwen2_moe",
+        dict(use_sliding_window=True, sliding_window=5, max_window_layers=3, qkv_bias=False),
+    ),
+    "qwen3_moe-dense": (
+        "qwen3_moe",
+        dict(
+            **dict(num_hidden_layers=4, mlp_only_layers=[0, 2], attention_bias=True, norm_topk_prob=False),
+            **dict(use_sliding_window=True, sliding_window=5),
+        ),
+    ),
+    "nemotron-attention-bias": ("nemotron", dict(attention_bias=True, mlp_bias=False, head_dim=20)),
+    # every text of the proofs is longer than 4: all take the long factors
+    "phi3-long": ("phi3", dict(original_max_position_embeddings=4, sliding_window=None, tie_word_embeddings=True)),
+    "phi3-plain": ("phi3", dict(rope_scaling=None, partial_rotary_factor=None)),
     "qwen2-window": ("qwen2", dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)),
+    "starcoder2-no-bias": ("starcoder2", dict(use_bias=False, sliding_window=None, tie_word_embeddings=True)),
 }
 LENGTH = 23  # of the sequences: longer than any window
 
