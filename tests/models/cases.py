@@ -94,8 +94,8 @@ FAMILIES: dict[str, dict] = {
     "mistral": dict(sliding_window=7),
     "mixtral": dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=9),
     "olmo2": dict(),
-    "olmo3": dict(sliding_window=5, layer_types=LAYER_TYPES, rope_scaling=YARN),
     "nemotron": dict(rms_norm_eps=None, norm_eps=3e-4, partial_rotary_factor=0.75, mlp_bias=True),
+    "olmo3": dict(sliding_window=5, layer_types=LAYER_TYPES, rope_scaling=YARN),
     "phi3": dict(
         head_dim=None,
         partial_rotary_factor=0.5,
@@ -163,7 +163,10 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     ),
     "nemotron-attention-bias": ("nemotron", dict(attention_bias=True, mlp_bias=False, head_dim=20)),
     # every text of the proofs is longer than 4: all take the long factors
-    "phi3-long": ("phi3", dict(original_max_position_embeddings=4, sliding_window=None, tie_word_embeddings=True)),
+    "phi3-long": (
+        "phi3",
+        dict(original_max_position_embeddings=4, sliding_window=None, tie_word_embeddings=True),
+    ),
     "phi3-plain": ("phi3", dict(rope_scaling=None, partial_rotary_factor=None)),
     "qwen2-window": ("qwen2", dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)),
     "starcoder2-no-bias": ("starcoder2", dict(use_bias=False, sliding_window=None, tie_word_embeddings=True)),
