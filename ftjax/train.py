@@ -47,6 +47,11 @@ class TrainOptions:
     """Positions of each row at which the head is applied at a time."""
     neftune_alpha: float = 0.0
     """Width of NEFTune's embedding noise; 5 is usual, 0 is off."""
+    router_aux_loss_coef: float | None = None
+    """Weight of the loss that spreads tokens over a mixture's experts; where not given, config.json's if the
+    router is trained, else 0. It is taken over each microbatch."""
+    router_z_loss_coef: float = 0.0
+    """Weight of the loss on the size of the router's logits (ST-MoE)."""
 
     def __post_init__(self):
         for name in ("max_steps", "batch_size", "microbatches", "loss_chunk", "unroll"):
@@ -55,6 +60,9 @@ class TrainOptions:
                 raise UserError(f"train.{name}={value}: at least 1")
         if not self.epochs > 0:
             raise UserError(f"train.epochs={self.epochs}: more than 0")
+        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+            if not (getattr(self, name) or 0) >= 0:
+                raise UserError(f"train.{name}={getattr(self, name)}: 0 (off) or more")
         if not self.neftune_alpha >= 0:
             raise UserError(f"train.neftune_alpha={self.neftune_alpha}: 0 (off) or more")
         if self.batch_size % self.microbatches:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax.models import Model
+from ftjax.objectives.router import NO_ROUTER, RouterLoss
 from ftjax.objectives.sft import next_token
 from ftjax.ops import linear_logprobs
 
@@ -23,23 +24,30 @@ def dpo_sigmoid(policy_BP2, reference_BP2, beta: float, label_smoothing: float):
 
 
 def pair_logprobs(model: Model, params, batch, *, chunk: int, frozen_head: bool):
-    """Summed log-probabilities of the trained tokens of each pair, float32 [B, P, 2].
+    """(summed log-probabilities of the trained tokens of each pair, float32 [B, P, 2]; the model's aux).
 
     Segments 2i+1 and 2i+2 of a row are the chosen and the rejected document of its pair i; batch["pairs"] is
     [B, P].
     """
-    hidden_BTD, _, _ = model(params, batch["tokens"], batch["positions"], batch["segments"])
+    hidden_BTD, _, aux = model(params, batch["tokens"], batch["positions"], batch["segments"])
     targets_BT, weight_BT = next_token(batch)
     logp_BT: Any = linear_logprobs(
         model.unembed, model.head(params), hidden_BTD, targets_BT, weight_BT, chunk, frozen_head
     )
     B, P = batch["pairs"].shape
     by_segment = jax.vmap(lambda x, s: jax.ops.segment_sum(x, s, num_segments=2 * P + 1))
-    return by_segment(logp_BT * weight_BT, batch["segments"])[:, 1:].reshape(B, P, 2)
+    return by_segment(logp_BT * weight_BT, batch["segments"])[:, 1:].reshape(B, P, 2), aux
 
 
 def dpo_loss(
-    model: Model, params_of: Callable, *, beta: float, label_smoothing: float, chunk: int, frozen_head: bool
+    model: Model,
+    params_of: Callable,
+    *,
+    beta: float,
+    label_smoothing: float,
+    chunk: int,
+    frozen_head: bool,
+    router: RouterLoss = NO_ROUTER,
 ):
     """loss_fn(trainable, frozen, microbatch) of the step's contract; sums["weight"] counts pairs.
 
@@ -48,23 +56,24 @@ def dpo_loss(
 
     def loss_fn(trainable, frozen, batch):
         params = params_of(trainable, frozen, batch.get("rng"))
-        policy = pair_logprobs(model, params, batch, chunk=chunk, frozen_head=frozen_head)
-        reference = jax.lax.stop_gradient(pair_logprobs(model, frozen, batch, chunk=chunk, frozen_head=True))
-        pairs_BP = batch["pairs"]
+        policy, aux = pair_logprobs(model, params, batch, chunk=chunk, frozen_head=frozen_head)
+        reference, _ = pair_logprobs(model, frozen, batch, chunk=chunk, frozen_head=True)
+        reference, pairs_BP = jax.lax.stop_gradient(reference), batch["pairs"]
         loss_BP, rewards_BP2 = dpo_sigmoid(policy, reference, beta, label_smoothing)
         chosen_BP, rejected_BP = jax.lax.stop_gradient((rewards_BP2[..., 0], rewards_BP2[..., 1]))
 
         def total(x_BP):
             return jnp.sum(x_BP * pairs_BP)
 
-        loss = total(loss_BP)
-        return loss, {
+        loss, weight = total(loss_BP), jnp.sum(pairs_BP)
+        added, sums = router(aux, weight)
+        return loss + added, {
             "loss": loss,
             "reward_chosen": total(chosen_BP),
             "reward_rejected": total(rejected_BP),
             "reward_margin": total(chosen_BP - rejected_BP),
             "reward_accuracy": total((chosen_BP > rejected_BP).astype(jnp.float32)),
-            "weight": jnp.sum(pairs_BP),
-        }
+            "weight": weight,
+        } | sums
 
     return loss_fn

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from ftjax.models import Model
+from ftjax.objectives.router import NO_ROUTER, RouterLoss
 from ftjax.ops import linear_cross_entropy
 
 
@@ -20,19 +21,25 @@ def next_token(batch):
     return targets_BT, jnp.pad(weight_BT, ((0, 0), (0, 1)))
 
 
-def sft_loss(model: Model, params_of: Callable, *, chunk: int, frozen_head: bool):
+def sft_loss(
+    model: Model, params_of: Callable, *, chunk: int, frozen_head: bool, router: RouterLoss = NO_ROUTER
+):
     """loss_fn(trainable, frozen, microbatch) of the step's contract; sums["weight"] counts trained tokens.
+
+    sums["loss"] is the cross-entropy alone; what `router` adds is reported beside it.
 
     `params_of(trainable, frozen, rng)` puts the parameter tree together; `rng` is None outside training.
     """
 
     def loss_fn(trainable, frozen, batch):
         params = params_of(trainable, frozen, batch.get("rng"))
-        hidden_BTD, _, _ = model(params, batch["tokens"], batch["positions"], batch["segments"])
+        hidden_BTD, _, aux = model(params, batch["tokens"], batch["positions"], batch["segments"])
         targets_BT, weight_BT = next_token(batch)
         loss = linear_cross_entropy(
             model.unembed, model.head(params), hidden_BTD, targets_BT, weight_BT, chunk, frozen_head
         )
-        return loss, {"loss": loss, "weight": jnp.sum(weight_BT)}
+        weight = jnp.sum(weight_BT)
+        added, sums = router(aux, weight)
+        return loss + added, {"loss": loss, "weight": weight} | sums
 
     return loss_fn

@@ -12,6 +12,7 @@ def make_loss(setup: training.Setup):
         label_smoothing=setup.config.dpo.label_smoothing,
         chunk=setup.config.train.loss_chunk,
         frozen_head=setup.frozen_head,
+        router=setup.router,
     )
 
 

@@ -10,6 +10,7 @@ def make_loss(setup: training.Setup):
         setup.params_of,
         chunk=setup.config.train.loss_chunk,
         frozen_head=setup.frozen_head,
+        router=setup.router,
     )
 
 

@@ -18,6 +18,7 @@ from ftjax.data.loader import Loader
 from ftjax.data.stream import StreamLoader
 from ftjax.errors import UserError
 from ftjax.models import Model
+from ftjax.objectives.router import RouterLoss
 from ftjax.recipes import card, folder
 from ftjax.recipes.data import summary
 
@@ -30,6 +31,7 @@ class Setup:
     model: Model
     params_of: Callable  # (trainable, frozen, rng) -> params
     frozen_head: bool
+    router: RouterLoss
 
 
 def main(argv: list[str], recipe: str, make_loss, *, preference: bool = False) -> int:
@@ -84,7 +86,20 @@ def start(
         base = hf.load_params(source, model, dtype=base_dtype, shardings=shardings)
         trainable, frozen, params_of = split(cfg, model, plan, base, devices, keep_reference=preference)
         del base
-        setup = Setup(cfg, model, params_of, frozen_head=plan is not None and model.head_path not in plan)
+        routers = [path for path, row in model.table.rows.items() if row.role == "router"]
+        trained = {path for key in weights.flatten(trainable) for path in (key, key.rpartition("/")[0])}
+        setup = Setup(
+            cfg,
+            model,
+            params_of,
+            frozen_head=plan is not None and model.head_path not in plan,
+            router=RouterLoss.of(
+                model,
+                cfg.train.router_aux_loss_coef,
+                cfg.train.router_z_loss_coef,
+                router_trains=not trained.isdisjoint(routers),
+            ),
+        )
 
         # 4. the step
         tx, schedule = optim.make_optimizer(cfg.optim, trainable, total_steps, model.table)
