@@ -72,8 +72,23 @@ LONGROPE = dict(
     short_factor=[1.0, 1.25, 1.5],
     long_factor=[1.5, 3.0, 7.0],
 )
+COHERE = dict(rms_norm_eps=None, layer_norm_eps=3e-4, logit_scale=0.3, tie_word_embeddings=True)
+DELTA = dict(
+    num_hidden_layers=5,
+    full_attention_interval=2,
+    linear_conv_kernel_dim=3,
+    linear_key_head_dim=8,
+    linear_value_head_dim=6,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+)
+DELTA_MOE = DELTA | dict(
+    num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, shared_expert_intermediate_size=36
+)
 # A family's line holds what differs from BASE; None takes a key of BASE away.
 FAMILIES: dict[str, dict] = {
+    "cohere": COHERE | dict(use_qk_norm=True),
+    "cohere2": COHERE | dict(sliding_window=5, sliding_window_pattern=2, head_dim=None),
     "deepseek_v2": MLA | dict(first_k_dense_replace=1, topk_method="group_limited_greedy", rope_scaling=YARN),
     "deepseek_v3": MLA | dict(first_k_dense_replace=1, rope_scaling=YARN),
     "gemma": dict(head_dim=20, tie_word_embeddings=True),
@@ -83,7 +98,15 @@ FAMILIES: dict[str, dict] = {
     "glm4_moe_lite": MLA | dict(n_group=1, topk_group=1),
     "gpt2": GPT2 | dict(tie_word_embeddings=True),
     "gpt_neox": BARE | dict(layer_norm_eps=3e-4, rotary_pct=0.5, rope_theta=None, rotary_emb_base=12345),
+    "gpt_oss": dict(
+        **dict(num_hidden_layers=4, num_local_experts=5, num_experts_per_tok=2, sliding_window=7),
+        **dict(rope_scaling=YARN | dict(truncate=False), swiglu_limit=1.5),
+    ),
     "granite": GRANITE,
+    "granitemoe": dict(
+        **dict(num_local_experts=5, num_experts_per_tok=2, head_dim=None, embedding_multiplier=3.0),
+        **dict(residual_multiplier=0.7, attention_multiplier=0.2, logits_scaling=1.7),
+    ),
     "granitemoehybrid": GRANITE
     | dict(
         **dict(intermediate_size=64, shared_intermediate_size=80, num_local_experts=0, mamba_n_heads=4),
@@ -91,13 +114,23 @@ FAMILIES: dict[str, dict] = {
     ),
     "internlm3": dict(attention_bias=True, mlp_bias=True, rope_scaling=dict(rope_type="dynamic", factor=3.0)),
     "llama": dict(),
+    "llama4_text": dict(
+        **dict(num_hidden_layers=4, num_local_experts=5, interleave_moe_layer_step=2, intermediate_size=24),
+        **dict(intermediate_size_mlp=56, no_rope_layer_interval=2, attention_chunk_size=6, floor_scale=4),
+    ),
+    "ministral": dict(sliding_window=5, layer_types=LAYER_TYPES),
+    "ministral3": dict(
+        rope_theta=None, rope_parameters=YARN | dict(rope_theta=12345.0, llama_4_scaling_beta=0.3)
+    ),
     "mistral": dict(sliding_window=7),
     "mixtral": dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=9),
     "olmo2": dict(),
-    "nemotron": dict(rms_norm_eps=None, norm_eps=3e-4, partial_rotary_factor=0.75, mlp_bias=True),
     "olmo3": dict(sliding_window=5, layer_types=LAYER_TYPES, rope_scaling=YARN),
+    "nemotron": dict(rms_norm_eps=None, norm_eps=3e-4, partial_rotary_factor=0.75, mlp_bias=True),
+    "olmoe": dict(num_experts=5, num_experts_per_tok=2, intermediate_size=24, head_dim=None, clip_qkv=0.9),
     "phi3": dict(
         head_dim=None,
+        pad_token_id=5,
         partial_rotary_factor=0.5,
         sliding_window=11,
         rope_scaling=LONGROPE,
@@ -109,11 +142,16 @@ FAMILIES: dict[str, dict] = {
         **dict(shared_expert_intermediate_size=36, decoder_sparse_step=2, head_dim=None),
     ),
     "qwen3": dict(head_dim=24),
+    "smollm3": dict(no_rope_layers=[1, 0, 1]),
     "starcoder2": dict(head_dim=None, rms_norm_eps=None, norm_epsilon=3e-4, sliding_window=9, use_bias=True),
+    "qwen3_5_moe_text": DELTA_MOE | dict(intermediate_size=None),
+    "qwen3_5_text": DELTA,
     "qwen3_moe": dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True),
+    "qwen3_next": DELTA_MOE,
 }
 # name -> (family, what differs from the family's line)
 VARIANTS: dict[str, tuple[str, dict]] = {
+    "cohere-bias": ("cohere", dict(use_qk_norm=False, attention_bias=True, tie_word_embeddings=False)),
     "deepseek_v2-lite": ("deepseek_v2", dict(q_lora_rank=None, topk_method="greedy")),
     "deepseek_v3-plain": (
         "deepseek_v3",
@@ -143,13 +181,28 @@ VARIANTS: dict[str, tuple[str, dict]] = {
         "gemma3_text",
         dict(rope_scaling=dict(rope_type="linear", factor=8.0), final_logit_softcapping=2.0),
     ),
+    "gpt_oss-unbiased": (
+        "gpt_oss",
+        dict(attention_bias=False, rope_scaling=None, layer_types=["full_attention"] * 4),
+    ),
     "granite-bias": ("granite", dict(attention_bias=True, tie_word_embeddings=True)),
+    "granitemoe-bias": ("granitemoe", dict(attention_bias=True, tie_word_embeddings=True)),
     "granitemoehybrid-nope": ("granitemoehybrid", dict(position_embedding_type="nope")),
     "internlm3-no-bias": ("internlm3", dict(attention_bias=False, mlp_bias=False)),
     "llama-tied": ("llama", dict(tie_word_embeddings=True)),
     "llama-bias-rope3": ("llama", dict(attention_bias=True, rope_scaling=LLAMA3)),
     "llama-linear": ("llama", dict(rope_scaling=dict(rope_type="linear", factor=3.0))),
+    "llama4_text-sparse": (
+        "llama4_text",
+        dict(
+            **dict(interleave_moe_layer_step=1, num_experts_per_tok=2, use_qk_norm=False),
+            **dict(attention_bias=True, attn_temperature_tuning=False),
+            **dict(rope_scaling=LLAMA3 | dict(high_freq_factor=1.0)),
+        ),
+    ),
+    "ministral3-window": ("ministral3", dict(sliding_window=6)),
     "olmo2-bias": ("olmo2", dict(attention_bias=True, tie_word_embeddings=True)),
+    "olmoe-normed": ("olmoe", dict(norm_topk_prob=True, clip_qkv=None, attention_bias=True)),
     "qwen2_moe-window": (
         "qwen2_moe",
         dict(use_sliding_window=True, sliding_window=5, max_window_layers=3, qkv_bias=False),
@@ -168,7 +221,20 @@ VARIANTS: dict[str, tuple[str, dict]] = {
         dict(original_max_position_embeddings=4, sliding_window=None, tie_word_embeddings=True),
     ),
     "phi3-plain": ("phi3", dict(rope_scaling=None, partial_rotary_factor=None)),
+    "qwen3_next-dense": (
+        "qwen3_next",
+        dict(
+            num_hidden_layers=4,
+            full_attention_interval=4,
+            mlp_only_layers=[1],
+            attention_bias=True,
+            norm_topk_prob=False,
+            partial_rotary_factor=0.5,
+            tie_word_embeddings=True,
+        ),
+    ),
     "qwen2-window": ("qwen2", dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)),
+    "smollm3-window": ("smollm3", dict(use_sliding_window=True, sliding_window=5)),
     "starcoder2-no-bias": ("starcoder2", dict(use_bias=False, sliding_window=None, tie_word_embeddings=True)),
 }
 LENGTH = 23  # of the sequences: longer than any window
@@ -179,3 +245,16 @@ def config(name: str) -> dict:
     family, changes = VARIANTS.get(name, (name, {}))
     values = BASE | FAMILIES[family] | changes
     return {"model_type": family} | {k: v for k, v in values.items() if v is not None}
+
+
+# test in test_parity.py -> its column in the README's table
+PROOFS = {
+    "test_logits": "logits",
+    "test_export_is_import": "export = import",
+    "test_cached_decode": "cached decode",
+    "test_packed_equals_single": "packed = single",
+    "test_adapter_through_peft": "PEFT both ways",
+    "test_merged_export": "merged export",
+    "test_gradients": "LoRA gradients",
+    "test_mesh": "8 devices",
+}

@@ -254,7 +254,7 @@ def test_gradients(family, tmp_path):
         key.replace(".default", ""): p.grad.numpy() for key, p in module.named_parameters() if p.requires_grad
     }
     _, grads = family.tuned
-    write = lambda tree: peft._to_peft(family.plan, weights.flatten(tree), family.model.table)  # noqa: E731
+    write = lambda tree: peft.to_peft(family.plan, weights.flatten(tree), family.model.table)  # noqa: E731
     ours, ones = write(grads), write(jax.tree.map(np.ones_like, grads))
     assert set(ours) == set(theirs)
     for key, grad in theirs.items():
@@ -277,18 +277,6 @@ def test_mesh(family):
     close(loss, 2 * loss_1)
     close(logits, np.tile(logits_1, (2, 1, 1)))
     jax.tree.map(lambda a, b: close(a, 2 * b, 1e-4), grads, grads_1)
-
-
-PROOFS = {
-    "test_logits": "logits",
-    "test_export_is_import": "export = import",
-    "test_cached_decode": "cached decode",
-    "test_packed_equals_single": "packed = single",
-    "test_adapter_through_peft": "PEFT both ways",
-    "test_merged_export": "merged export",
-    "test_gradients": "LoRA gradients",
-    "test_mesh": "8 devices",
-}
 
 
 # -- PEFT's settings, on one family
@@ -336,7 +324,7 @@ def check_peft_loads(case, config, folder, **options):
 def test_peft_loads_every_setting(name, tmp_path_factory, tmp_path):
     case = make_case("llama", tmp_path_factory.getbasetemp())
     check_peft_loads(case, lora.LoraConfig(**LORA_CASES[name]), tmp_path / "a")
-    check_peft_loads(case, lora.LoraConfig(**LORA_CASES[name]), tmp_path / "b", portable=True)
+    check_peft_loads(case, lora.LoraConfig(**LORA_CASES[name]), tmp_path / "b", layout="vllm")
     written = json.loads((tmp_path / "b/adapter_config.json").read_text())
     assert written["lora_alpha"] == written["r"] and not written["use_rslora"] and not written["rank_pattern"]
 
