@@ -10,6 +10,8 @@ from ftjax.models.common import KV, Cache, Model, ModelConfig, RunOptions, text_
 
 # model_type -> "file:class" under ftjax/models, imported when asked for
 REGISTRY = {
+    "cohere": "cohere:Cohere",
+    "cohere2": "cohere:Cohere2",
     "deepseek_v2": "deepseek:DeepseekV2",
     "deepseek_v3": "deepseek:DeepseekV3",
     "gemma": "gemma:Gemma",
@@ -18,21 +20,31 @@ REGISTRY = {
     "glm4_moe_lite": "deepseek:Glm4MoeLite",
     "gpt2": "gpt:Gpt2",
     "gpt_neox": "gpt:GptNeox",
+    "gpt_oss": "gpt_oss:GptOss",
     "granite": "granite:Granite",
+    "granitemoe": "granitemoe:GraniteMoe",
     "granitemoehybrid": "granite:GraniteHybrid",
     "internlm3": "internlm3:InternLM3",
     "llama": "llama:Llama",
+    "llama4_text": "llama4:Llama4",
+    "ministral": "ministral:Ministral",
+    "ministral3": "ministral:Ministral3",
     "mistral": "llama:Mistral",
     "mixtral": "mixtral:Mixtral",
     "olmo2": "olmo:Olmo2",
-    "nemotron": "nemotron:Nemotron",
     "olmo3": "olmo:Olmo3",
+    "nemotron": "nemotron:Nemotron",
+    "olmoe": "olmoe:Olmoe",
     "phi3": "phi:Phi3",
     "qwen2": "llama:Qwen2",
     "qwen2_moe": "qwen_moe:Qwen2Moe",
     "qwen3": "llama:Qwen3",
+    "smollm3": "smollm3:SmolLM3",
     "starcoder2": "starcoder2:Starcoder2",
+    "qwen3_5_moe_text": "qwen3_next:Qwen35Moe",
+    "qwen3_5_text": "qwen3_next:Qwen35",
     "qwen3_moe": "qwen_moe:Qwen3Moe",
+    "qwen3_next": "qwen3_next:Qwen3Next",
 }
 
 
