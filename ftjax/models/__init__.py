@@ -70,11 +70,19 @@ def from_config(raw: dict[str, Any]) -> Model:
     from transformers import AutoConfig  # slow to import, and only needed here
 
     try:
-        hf = AutoConfig.for_model(**{k: v for k, v in raw.items() if k != "transformers.js_config"})
+        plain = {k: _infinities(v) for k, v in raw.items() if k != "transformers.js_config"}
+        hf = AutoConfig.for_model(**plain)
     except Exception as e:  # a value of the wrong type shows as one of several libraries' classes
         raise UserError(f"config.json: {e}") from e
     config = decoder.read_config(hf, raw)
     return Model(config, decoder.make_table(config), decoder)
+
+
+def _infinities(value):
+    """With {"__float__": "Infinity"}, which transformers writes as JSON has no such number, as the number."""
+    if isinstance(value, dict) and set(value) == {"__float__"}:
+        return float(value["__float__"])
+    return [_infinities(x) for x in value] if isinstance(value, list) else value
 
 
 # A multimodal model's text decoder lies under one of these in its checkpoint ...
