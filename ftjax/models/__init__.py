@@ -43,7 +43,10 @@ REGISTRY = {
     "starcoder2": "starcoder2:Starcoder2",
     "qwen3_5_moe_text": "qwen3_next:Qwen35Moe",
     "qwen3_5_text": "qwen3_next:Qwen35",
+    "qwen3_5_moe_text": "qwen3_next:Qwen35Moe",
+    "qwen3_5_text": "qwen3_next:Qwen35",
     "qwen3_moe": "qwen_moe:Qwen3Moe",
+    "qwen3_next": "qwen3_next:Qwen3Next",
     "qwen3_next": "qwen3_next:Qwen3Next",
 }
 

@@ -2,9 +2,9 @@
 attention, shared experts beside the routed ones.
 
 Keys and values are products of one latent vector a token, and one rotated key serves all heads: the cache
-holds these two only. Letters beyond weights.py: H a head of q and k, U a head of v, Q the latent size of q,
-C that of k and v, P the latent with the rotated key, W a head of k that is not rotated with one of v, E
-experts, M an expert's inner size, I that of the shared experts together.
+holds these two only. Letters beyond weights.py and moe.py: H a head of q and k, U a head of v, Q the latent
+size of q, C that of k and v, P the latent with the rotated key, W what of a head of k is not rotated with a
+head of v.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from ftjax.models.common import KV, ModelConfig
 from ftjax.models.decoder import ATTENTION, LAYER, MLP, MLP_NORM, Block, Decoder, Keys, Rows
-from ftjax.models.moe import ROUTER, MoeBlock, expert_rows
+from ftjax.models.moe import ROUTER, SharedMoeBlock, expert_rows, shared_rows
 from ftjax.ops import rms_norm, rope, sigmoid_group_top_k, softmax_group_top_k
 from ftjax.weights import Table, Weight
 
@@ -57,21 +57,13 @@ class SharedExpertsConfig(ModelConfig):
         return super().read(hf, n_group=hf.n_group or 1, topk_group=hf.topk_group or 1, **given)
 
 
-SHARED_EXPERTS: Rows = {
-    "shared_gate": Weight("D->I", LAYER + "mlp.shared_experts.gate_proj.weight"),
-    "shared_up": Weight("D->I", LAYER + "mlp.shared_experts.up_proj.weight"),
-    "shared_down": Weight("I->D", LAYER + "mlp.shared_experts.down_proj.weight"),
-}
 ROUTER_BIAS: Rows = {
     "router_bias": Weight("E", LAYER + "mlp.gate.e_score_correction_bias", init="zeros"),
 }
 
 
-class SharedExpertsBlock(MoeBlock):
-    """Routed experts as in DeepSeek-V3, plus an MLP for every token. Its config is a SharedExpertsConfig."""
-
-    def mlp(self, h_BTD, prefix: str = ""):
-        return super().mlp(h_BTD, prefix) + Block.mlp(self, h_BTD, "shared_")
+class SharedExpertsBlock(SharedMoeBlock):
+    """Routed as in DeepSeek-V3. Its config is a SharedExpertsConfig."""
 
     def route(self, h_XD):
         cfg, logits_XE = self.cfg, self.router_logits(h_XD)
@@ -105,7 +97,8 @@ class SharedExperts(Decoder):
         rows = cls.attention_rows(cfg) | MLP_NORM
         if kind == "dense":
             return rows | MLP
-        return rows | ROUTER | ROUTER_BIAS | expert_rows() | SHARED_EXPERTS
+        shared = shared_rows(LAYER + "mlp.shared_experts.")
+        return rows | ROUTER | ROUTER_BIAS | expert_rows() | shared
 
     @classmethod
     def others(cls, cfg):

@@ -3,7 +3,7 @@ experts in some layers; Qwen 2's have a shared expert beside them, weighted by a
 
 import dataclasses
 
-from ftjax.models.decoder import LAYER, MLP, QKV_BIAS, Block, Decoder, Keys
+from ftjax.models.decoder import LAYER, MLP, QKV_BIAS, Block, Decoder, Keys, Rows
 from ftjax.models.llama import WINDOW_LAYERS, Qwen3
 from ftjax.models.moe import ROUTER, MoeBlock, MoeConfig, SharedMoeBlock, expert_rows, shared_rows
 from ftjax.weights import Weight
@@ -13,6 +13,9 @@ COMMON: Keys = {
     "hidden_act": ("silu",),
     "mlp_bias": (False, None),
     "output_router_logits": None,
+}
+SHARED_EXPERT: Rows = shared_rows(LAYER + "mlp.shared_expert.") | {
+    "shared_scale": Weight("D->J", LAYER + "mlp.shared_expert_gate.weight")
 }
 
 
@@ -83,9 +86,7 @@ class Qwen2Moe(QwenMoe):
 
     @classmethod
     def sparse_rows(cls, cfg):
-        mlp = LAYER + "mlp."
-        scale = Weight("D->J", mlp + "shared_expert_gate.weight")
-        return super().sparse_rows(cfg) | shared_rows(mlp + "shared_expert.") | {"shared_scale": scale}
+        return super().sparse_rows(cfg) | SHARED_EXPERT
 
     @classmethod
     def block_rows(cls, cfg, kind):

@@ -85,6 +85,18 @@ DELTA = dict(
 DELTA_MOE = DELTA | dict(
     num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, shared_expert_intermediate_size=36
 )
+DELTA = dict(
+    num_hidden_layers=5,
+    full_attention_interval=2,
+    linear_conv_kernel_dim=3,
+    linear_key_head_dim=8,
+    linear_value_head_dim=6,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+)
+DELTA_MOE = DELTA | dict(
+    num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, shared_expert_intermediate_size=36
+)
 # A family's line holds what differs from BASE; None takes a key of BASE away.
 FAMILIES: dict[str, dict] = {
     "cohere": COHERE | dict(use_qk_norm=True),
@@ -146,7 +158,10 @@ FAMILIES: dict[str, dict] = {
     "starcoder2": dict(head_dim=None, rms_norm_eps=None, norm_epsilon=3e-4, sliding_window=9, use_bias=True),
     "qwen3_5_moe_text": DELTA_MOE | dict(intermediate_size=None),
     "qwen3_5_text": DELTA,
+    "qwen3_5_moe_text": DELTA_MOE | dict(intermediate_size=None),
+    "qwen3_5_text": DELTA,
     "qwen3_moe": dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True),
+    "qwen3_next": DELTA_MOE,
     "qwen3_next": DELTA_MOE,
 }
 # name -> (family, what differs from the family's line)
@@ -221,6 +236,18 @@ VARIANTS: dict[str, tuple[str, dict]] = {
         dict(original_max_position_embeddings=4, sliding_window=None, tie_word_embeddings=True),
     ),
     "phi3-plain": ("phi3", dict(rope_scaling=None, partial_rotary_factor=None)),
+    "qwen3_next-dense": (
+        "qwen3_next",
+        dict(
+            num_hidden_layers=4,
+            full_attention_interval=4,
+            mlp_only_layers=[1],
+            attention_bias=True,
+            norm_topk_prob=False,
+            partial_rotary_factor=0.5,
+            tie_word_embeddings=True,
+        ),
+    ),
     "qwen3_next-dense": (
         "qwen3_next",
         dict(
