@@ -14,6 +14,7 @@ REGISTRY = {
     "cohere2": "cohere:Cohere2",
     "deepseek_v2": "deepseek:DeepseekV2",
     "deepseek_v3": "deepseek:DeepseekV3",
+    "exaone4": "exaone4:Exaone4",
     "gemma": "gemma:Gemma",
     "gemma2": "gemma:Gemma2",
     "gemma3_text": "gemma:Gemma3",
@@ -31,6 +32,7 @@ REGISTRY = {
     "ministral3": "ministral:Ministral3",
     "mistral": "llama:Mistral",
     "mixtral": "mixtral:Mixtral",
+    "olmo": "olmo:Olmo",
     "olmo2": "olmo:Olmo2",
     "olmo3": "olmo:Olmo3",
     "nemotron": "nemotron:Nemotron",
@@ -43,10 +45,7 @@ REGISTRY = {
     "starcoder2": "starcoder2:Starcoder2",
     "qwen3_5_moe_text": "qwen3_next:Qwen35Moe",
     "qwen3_5_text": "qwen3_next:Qwen35",
-    "qwen3_5_moe_text": "qwen3_next:Qwen35Moe",
-    "qwen3_5_text": "qwen3_next:Qwen35",
     "qwen3_moe": "qwen_moe:Qwen3Moe",
-    "qwen3_next": "qwen3_next:Qwen3Next",
     "qwen3_next": "qwen3_next:Qwen3Next",
 }
 

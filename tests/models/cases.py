@@ -85,24 +85,13 @@ DELTA = dict(
 DELTA_MOE = DELTA | dict(
     num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, shared_expert_intermediate_size=36
 )
-DELTA = dict(
-    num_hidden_layers=5,
-    full_attention_interval=2,
-    linear_conv_kernel_dim=3,
-    linear_key_head_dim=8,
-    linear_value_head_dim=6,
-    linear_num_key_heads=2,
-    linear_num_value_heads=4,
-)
-DELTA_MOE = DELTA | dict(
-    num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, shared_expert_intermediate_size=36
-)
 # A family's line holds what differs from BASE; None takes a key of BASE away.
 FAMILIES: dict[str, dict] = {
     "cohere": COHERE | dict(use_qk_norm=True),
     "cohere2": COHERE | dict(sliding_window=5, sliding_window_pattern=2, head_dim=None),
     "deepseek_v2": MLA | dict(first_k_dense_replace=1, topk_method="group_limited_greedy", rope_scaling=YARN),
     "deepseek_v3": MLA | dict(first_k_dense_replace=1, rope_scaling=YARN),
+    "exaone4": dict(sliding_window=5, layer_types=LAYER_TYPES),
     "gemma": dict(head_dim=20, tie_word_embeddings=True),
     "gemma2": GEMMA | dict(query_pre_attn_scalar=20, attn_logit_softcapping=3.0, final_logit_softcapping=2.0),
     "gemma3_text": GEMMA
@@ -136,6 +125,7 @@ FAMILIES: dict[str, dict] = {
     ),
     "mistral": dict(sliding_window=7),
     "mixtral": dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=9),
+    "olmo": dict(rms_norm_eps=None, clip_qkv=0.8),
     "olmo2": dict(),
     "olmo3": dict(sliding_window=5, layer_types=LAYER_TYPES, rope_scaling=YARN),
     "nemotron": dict(rms_norm_eps=None, norm_eps=3e-4, partial_rotary_factor=0.75, mlp_bias=True),
@@ -154,14 +144,11 @@ FAMILIES: dict[str, dict] = {
         **dict(shared_expert_intermediate_size=36, decoder_sparse_step=2, head_dim=None),
     ),
     "qwen3": dict(head_dim=24),
-    "smollm3": dict(no_rope_layers=[1, 0, 1]),
+    "smollm3": dict(no_rope_layers=[1, 0, 1], pad_token_id=0),
     "starcoder2": dict(head_dim=None, rms_norm_eps=None, norm_epsilon=3e-4, sliding_window=9, use_bias=True),
     "qwen3_5_moe_text": DELTA_MOE | dict(intermediate_size=None),
     "qwen3_5_text": DELTA,
-    "qwen3_5_moe_text": DELTA_MOE | dict(intermediate_size=None),
-    "qwen3_5_text": DELTA,
     "qwen3_moe": dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True),
-    "qwen3_next": DELTA_MOE,
     "qwen3_next": DELTA_MOE,
 }
 # name -> (family, what differs from the family's line)
@@ -179,6 +166,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
             first_k_dense_replace=0,
         ),
     ),
+    "exaone4-global": ("exaone4", dict(sliding_window=None, layer_types=["full_attention"] * 3)),
     "gpt2-untied-scales": (
         "gpt2",
         dict(
@@ -216,6 +204,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
         ),
     ),
     "ministral3-window": ("ministral3", dict(sliding_window=6)),
+    "olmo-bias": ("olmo", dict(clip_qkv=None, attention_bias=True)),
     "olmo2-bias": ("olmo2", dict(attention_bias=True, tie_word_embeddings=True)),
     "olmoe-normed": ("olmoe", dict(norm_topk_prob=True, clip_qkv=None, attention_bias=True)),
     "qwen2_moe-window": (
@@ -236,18 +225,6 @@ VARIANTS: dict[str, tuple[str, dict]] = {
         dict(original_max_position_embeddings=4, sliding_window=None, tie_word_embeddings=True),
     ),
     "phi3-plain": ("phi3", dict(rope_scaling=None, partial_rotary_factor=None)),
-    "qwen3_next-dense": (
-        "qwen3_next",
-        dict(
-            num_hidden_layers=4,
-            full_attention_interval=4,
-            mlp_only_layers=[1],
-            attention_bias=True,
-            norm_topk_prob=False,
-            partial_rotary_factor=0.5,
-            tie_word_embeddings=True,
-        ),
-    ),
     "qwen3_next-dense": (
         "qwen3_next",
         dict(
