@@ -85,6 +85,8 @@ DELTA = dict(
 DELTA_MOE = DELTA | dict(
     num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, shared_expert_intermediate_size=36
 )
+GLM = dict(partial_rotary_factor=0.5, attention_bias=False)
+GLM_MOE = GLM | {k: MLA[k] for k in MLA if "expert" in k or "group" in k or "moe" in k}
 # A family's line holds what differs from BASE; None takes a key of BASE away.
 FAMILIES: dict[str, dict] = {
     "cohere": COHERE | dict(use_qk_norm=True),
@@ -96,6 +98,9 @@ FAMILIES: dict[str, dict] = {
     "gemma2": GEMMA | dict(query_pre_attn_scalar=20, attn_logit_softcapping=3.0, final_logit_softcapping=2.0),
     "gemma3_text": GEMMA
     | dict(query_pre_attn_scalar=20, sliding_window_pattern=3, rope_local_base_freq=99.0),
+    "glm": GLM | dict(attention_bias=True),
+    "glm4": GLM,
+    "glm4_moe": GLM_MOE | dict(first_k_dense_replace=1, use_qk_norm=True),
     "glm4_moe_lite": MLA | dict(n_group=1, topk_group=1),
     "gpt2": GPT2 | dict(tie_word_embeddings=True),
     "gpt_neox": BARE | dict(layer_norm_eps=3e-4, rotary_pct=0.5, rope_theta=None, rotary_emb_base=12345),
@@ -192,6 +197,11 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "granitemoe-bias": ("granitemoe", dict(attention_bias=True, tie_word_embeddings=True)),
     "granitemoehybrid-nope": ("granitemoehybrid", dict(position_embedding_type="nope")),
     "internlm3-no-bias": ("internlm3", dict(attention_bias=False, mlp_bias=False)),
+    "glm4-bias": ("glm4", dict(attention_bias=True, tie_word_embeddings=True)),
+    "glm4_moe-bias": (
+        "glm4_moe",
+        dict(first_k_dense_replace=0, use_qk_norm=False, attention_bias=True, partial_rotary_factor=0.25),
+    ),
     "llama-tied": ("llama", dict(tie_word_embeddings=True)),
     "llama-bias-rope3": ("llama", dict(attention_bias=True, rope_scaling=LLAMA3)),
     "llama-linear": ("llama", dict(rope_scaling=dict(rope_type="linear", factor=3.0))),
