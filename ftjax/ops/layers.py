@@ -145,7 +145,8 @@ def rope_frequencies(parameters: dict, head_dim: int, length=None):
     low, high = _needed(parameters, "low_freq_factor"), _needed(parameters, "high_freq_factor")
     original, factor = _needed(parameters, "original_max_position_embeddings"), _needed(parameters, "factor")
     turns = original / (2 * math.pi / freq)
-    blend = np.clip((turns - low) / (high - low), 0.0, 1.0).astype(np.float32)
+    width = max(high - low, 1e-9)  # Llama 4's are equal: a step
+    blend = np.clip((turns - low) / width, 0.0, 1.0).astype(np.float32)
     return (1 - blend) * freq / np.float32(factor) + blend * freq, 1.0
 
 
