@@ -50,7 +50,7 @@ def _save_linear(x, lead, ins, outs):
 
 
 def _load_plain(x, lead, ins, outs):
-    return x.reshape(*lead, *ins, *outs)
+    return x.reshape((*lead, *ins, *outs))
 
 
 LINEAR = Layout("linear", _load_linear, _save_linear)  # torch.nn.Linear keeps [out, in], we keep [*in, *out]

@@ -308,8 +308,8 @@ class Decoder(nn.Module):
             data["rope"] = np.array(self.cfg.no_rope, np.int32)
         return data
 
-    def carry(self, x_BTD) -> dict[str, Any]:
-        """The first value of `Block.carry`."""
+    def carry(self, x_BTD, slots: int) -> dict[str, Any]:
+        """The first value of `Block.carry`; attention has `slots` keys."""
         return {}
 
     def finish(self, w, x_BTD):
@@ -334,7 +334,7 @@ class Decoder(nn.Module):
             queries, keys, self.rotary(positions_BT, segments_BT), None if cache is None else cache.length
         )
         data = self.layer_data(w, x_BTD, tokens_BT)
-        carry = (x_BTD, {} if cache is None else cache.states, self.carry(x_BTD))
+        carry = (x_BTD, {} if cache is None else cache.states, self.carry(x_BTD, keys[0].shape[1]))
         sums = []
         for run in self.table.runs:
             per_layer = tuple(
