@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ftjax.models.common import ModelConfig
 from ftjax.models.decoder import HEAD, Block, Decoder, Keys, Rows
-from ftjax.ops import activation, layer_norm, shard
+from ftjax.ops import activation, embed, layer_norm, shard
 from ftjax.ops.layers import ACTIVATIONS
 from ftjax.weights import IN_OUT, LOOKUP, Table, Weight
 
@@ -239,7 +239,7 @@ class Gpt2(GptDecoder):
 
     def embed(self, w, tokens_BT, positions_BT, segments_BT):
         x_BTD = super().embed(w, tokens_BT, positions_BT, segments_BT)
-        return x_BTD + w["position"][positions_BT].astype(x_BTD.dtype)
+        return x_BTD + embed(w["position"], positions_BT, segments_BT, x_BTD.dtype)
 
     def rotary(self, positions_BT, segments_BT):
         return None

@@ -25,6 +25,18 @@ LLAMA3 = dict(
     original_max_position_embeddings=16,
 )
 GEMMA = dict(head_dim=20, num_hidden_layers=4, sliding_window=6, tie_word_embeddings=True)
+GEMMA4 = GEMMA | dict(
+    global_head_dim=24,
+    num_hidden_layers=6,
+    layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    final_logit_softcapping=2.0,
+    vocab_size_per_layer_input=96,
+    rope_theta=None,
+    rope_parameters=dict(
+        sliding_attention=dict(rope_type="default", rope_theta=99.0),
+        full_attention=dict(rope_type="proportional", partial_rotary_factor=0.25, rope_theta=12345.0),
+    ),
+)
 MLA = dict(
     num_key_value_heads=4,
     head_dim=None,
@@ -101,6 +113,9 @@ FAMILIES: dict[str, dict] = {
     "glm": GLM | dict(attention_bias=True),
     "glm4": GLM,
     "glm4_moe": GLM_MOE | dict(first_k_dense_replace=1, use_qk_norm=True),
+    "gemma4_text": GEMMA4
+    | dict(num_kv_shared_layers=3, use_double_wide_mlp=True, hidden_size_per_layer_input=10),
+    "gemma4_unified_text": GEMMA4 | dict(attention_k_eq_v=True, num_global_key_value_heads=1),
     "glm4_moe_lite": MLA | dict(n_group=1, topk_group=1),
     "gpt2": GPT2 | dict(tie_word_embeddings=True),
     "gpt_neox": BARE | dict(layer_norm_eps=3e-4, rotary_pct=0.5, rope_theta=None, rotary_emb_base=12345),
@@ -150,6 +165,10 @@ FAMILIES: dict[str, dict] = {
     ),
     "qwen3": dict(head_dim=24),
     "smollm3": dict(no_rope_layers=[1, 0, 1], pad_token_id=0),
+    "stablelm": dict(
+        **dict(head_dim=None, rms_norm_eps=None, layer_norm_eps=3e-4, partial_rotary_factor=0.5),
+        **dict(use_qkv_bias=True, qk_layernorm=True),
+    ),
     "starcoder2": dict(head_dim=None, rms_norm_eps=None, norm_epsilon=3e-4, sliding_window=9, use_bias=True),
     "qwen3_5_moe_text": DELTA_MOE | dict(intermediate_size=None),
     "qwen3_5_text": DELTA,
@@ -202,6 +221,20 @@ VARIANTS: dict[str, tuple[str, dict]] = {
         "glm4_moe",
         dict(first_k_dense_replace=0, use_qk_norm=False, attention_bias=True, partial_rotary_factor=0.25),
     ),
+    "gemma4-moe": (
+        "gemma4_text",
+        dict(
+            num_kv_shared_layers=0,
+            hidden_size_per_layer_input=0,
+            attention_k_eq_v=True,
+            num_global_key_value_heads=1,
+            attention_bias=True,
+            enable_moe_block=True,
+            num_experts=5,
+            top_k_experts=2,
+            moe_intermediate_size=14,
+        ),
+    ),
     "llama-tied": ("llama", dict(tie_word_embeddings=True)),
     "llama-bias-rope3": ("llama", dict(attention_bias=True, rope_scaling=LLAMA3)),
     "llama-linear": ("llama", dict(rope_scaling=dict(rope_type="linear", factor=3.0))),
@@ -249,6 +282,10 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     ),
     "qwen2-window": ("qwen2", dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)),
     "smollm3-window": ("smollm3", dict(use_sliding_window=True, sliding_window=5)),
+    "stablelm-parallel": (
+        "stablelm",
+        dict(use_qkv_bias=False, qk_layernorm=False, use_parallel_residual=True, tie_word_embeddings=True),
+    ),
     "starcoder2-no-bias": ("starcoder2", dict(use_bias=False, sliding_window=None, tie_word_embeddings=True)),
 }
 LENGTH = 23  # of the sequences: longer than any window
