@@ -10,10 +10,15 @@ from ftjax.models.common import KV, Cache, Model, ModelConfig, RunOptions, text_
 
 # model_type -> "file:class" under ftjax/models, imported when asked for
 REGISTRY = {
+    "apertus": "apertus:Apertus",
+    "arcee": "arcee:Arcee",
     "cohere": "cohere:Cohere",
     "cohere2": "cohere:Cohere2",
     "deepseek_v2": "deepseek:DeepseekV2",
     "deepseek_v3": "deepseek:DeepseekV3",
+    "dots1": "dots1:Dots1",
+    "ernie4_5": "ernie:Ernie",
+    "ernie4_5_moe": "ernie_moe:ErnieMoe",
     "exaone4": "exaone4:Exaone4",
     "gemma": "gemma:Gemma",
     "gemma2": "gemma:Gemma2",
@@ -30,9 +35,12 @@ REGISTRY = {
     "granite": "granite:Granite",
     "granitemoe": "granitemoe:GraniteMoe",
     "granitemoehybrid": "granite:GraniteHybrid",
+    "hunyuan_v1_dense": "hunyuan:HunYuan",
+    "hunyuan_v1_moe": "hunyuan_moe:HunYuanMoe",
     "internlm3": "internlm3:InternLM3",
     "llama": "llama:Llama",
     "llama4_text": "llama4:Llama4",
+    "minimax_m2": "minimax_m2:MiniMaxM2",
     "ministral": "ministral:Ministral",
     "ministral3": "ministral:Ministral3",
     "mistral": "llama:Mistral",
@@ -42,10 +50,12 @@ REGISTRY = {
     "olmo3": "olmo:Olmo3",
     "nemotron": "nemotron:Nemotron",
     "olmoe": "olmoe:Olmoe",
+    "phi": "phi:Phi",
     "phi3": "phi:Phi3",
     "qwen2": "llama:Qwen2",
     "qwen2_moe": "qwen_moe:Qwen2Moe",
     "qwen3": "llama:Qwen3",
+    "seed_oss": "seed_oss:SeedOss",
     "smollm3": "smollm3:SmolLM3",
     "stablelm": "stablelm:StableLM",
     "starcoder2": "starcoder2:Starcoder2",
@@ -78,7 +88,7 @@ def from_config(raw: dict[str, Any]) -> Model:
     from transformers import AutoConfig  # slow to import, and only needed here
 
     try:
-        plain = {k: _infinities(v) for k, v in raw.items() if k != "transformers.js_config"}
+        plain = {k: _infinities(v) for k, v in decoder.prepare(raw).items() if k != "transformers.js_config"}
         hf = AutoConfig.for_model(**plain)
     except Exception as e:  # a value of the wrong type shows as one of several libraries' classes
         raise UserError(f"config.json: {e}") from e

@@ -81,6 +81,7 @@ class ModelConfig:
             F=self.intermediate_size,
             V=self.vocab_size,
             L=self.num_hidden_layers,
+            U=2,  # gate and up where they are one matrix
         )
 
     @classmethod
@@ -247,10 +248,11 @@ class Model:
         return "embed" if self.config.tie_word_embeddings else "lm_head"
 
     def head(self, params):
-        """The leaf that `unembed` takes: where the two are tied the embedding table itself, without its
-        look-ups' noise."""
-        head = params[self.head_path]
-        return head.base if isinstance(head, NoisyEmbedding) else head
+        """What `unembed` takes, a leaf or (leaf, bias): where the two are tied the embedding table itself,
+        without its look-ups' noise."""
+        head, bias = params[self.head_path], params.get("lm_head_bias")
+        head = head.base if isinstance(head, NoisyEmbedding) else head
+        return head if bias is None else (head, bias)
 
     def unembed(self, head, hidden):
         return self.module_type.unembed(self.config, head, hidden)  # type: ignore[attr-defined]

@@ -52,6 +52,10 @@ MLP: Rows = {
     "up": Weight("D->F", LAYER + "mlp.up_proj.weight"),
     "down": Weight("F->D", LAYER + "mlp.down_proj.weight"),
 }
+FUSED_MLP: Rows = {
+    "gate_up": Weight("D->UF", LAYER + "mlp.gate_up_proj.weight"),
+    "down": MLP["down"],
+}
 MLP_BIAS: Rows = {
     "gate_bias": Weight("F", LAYER + "mlp.gate_proj.bias", init="zeros"),
     "up_bias": Weight("F", LAYER + "mlp.up_proj.bias", init="zeros"),
@@ -89,8 +93,12 @@ class Block:
         return KV.empty(len(layers), batch, length, cfg.num_key_value_heads, dims, dtype)
 
     def __call__(self, x_BTD):
-        x_BTD += self.attention(self.norm(x_BTD, "attn_norm"))
-        return x_BTD + self.mlp(self.norm(x_BTD, "mlp_norm"))
+        x_BTD += self.post_norm(self.attention(self.norm(x_BTD, "attn_norm")), "attn_post_norm")
+        return x_BTD + self.post_norm(self.mlp(self.norm(x_BTD, "mlp_norm")), "mlp_post_norm")
+
+    def post_norm(self, y_BTD, name: str):
+        """What attention or MLP put out, normed where the table has such a norm."""
+        return self.norm(y_BTD, name) if name in self.w else y_BTD
 
     def norm(self, x, name: str):
         return checkpoint_name(self.normalise(x, name), "norm")
@@ -157,11 +165,15 @@ class Block:
         return silu_times(gate, up)
 
     def mlp(self, h_BTD, prefix: str = ""):
-        """A gated MLP of the weights `prefix` + gate, up, down."""
-        gate_BTF = checkpoint_name(self.linear("BTD,DF->BTF", h_BTD, prefix + "gate"), "gate")
-        up_BTF = checkpoint_name(self.linear("BTD,DF->BTF", h_BTD, prefix + "up"), "up")
-        h_BTF = shard(checkpoint_name(self.gated(gate_BTF, up_BTF), "act"), "BTF")
-        return self.linear("BTF,FD->BTD", h_BTF, prefix + "down")
+        """A gated MLP of the weights `prefix` + gate, up, down, or gate_up, down."""
+        if prefix + "gate_up" in self.w:
+            both_BTUF = self.linear("BTD,DUF->BTUF", h_BTD, prefix + "gate_up")
+            gate_BTF, up_BTF = both_BTUF[:, :, 0], both_BTUF[:, :, 1]
+        else:
+            gate_BTF = self.linear("BTD,DF->BTF", h_BTD, prefix + "gate")
+            up_BTF = self.linear("BTD,DF->BTF", h_BTD, prefix + "up")
+        act_BTF = self.gated(checkpoint_name(gate_BTF, "gate"), checkpoint_name(up_BTF, "up"))
+        return self.linear("BTF,FD->BTD", shard(checkpoint_name(act_BTF, "act"), "BTF"), prefix + "down")
 
 
 class Loop(nn.Module):
@@ -225,6 +237,11 @@ class Decoder(nn.Module):
     LAYER_TYPES: ClassVar[tuple[str, ...]] = ("full_attention", "sliding_attention")
 
     # -- what config.json says
+
+    @classmethod
+    def prepare(cls, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The config.json as transformers is to read it: old names that it no longer reads right replaced."""
+        return raw
 
     @classmethod
     def read_config(cls, hf, raw: Mapping[str, Any]) -> ModelConfig:
@@ -317,10 +334,12 @@ class Decoder(nn.Module):
 
     @staticmethod
     def unembed(cfg, head, hidden):
-        """Float32 logits [..., V] of hidden [..., D]."""
+        """Float32 logits [..., V] of hidden [..., D]; `head` is the leaf, or (leaf, bias)."""
         axes = "...D,VD->...V" if cfg.tie_word_embeddings else "...D,DV->...V"
         lead = "BXTZ"[: hidden.ndim - 1]
-        return einsum(axes.replace("...", lead), hidden, head, jnp.float32)
+        weight, bias = head if isinstance(head, tuple) else (head, None)
+        logits = einsum(axes.replace("...", lead), hidden, weight, jnp.float32)
+        return logits if bias is None else logits + bias.astype(jnp.float32)
 
     @nn.compact
     def __call__(self, tokens_BT, positions_BT, segments_BT, cache: Cache | None = None):

@@ -97,14 +97,26 @@ DELTA = dict(
 DELTA_MOE = DELTA | dict(
     num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, shared_expert_intermediate_size=36
 )
-GLM = dict(partial_rotary_factor=0.5, attention_bias=False)
+GLM = dict(partial_rotary_factor=0.5, attention_bias=False, pad_token_id=0)
 GLM_MOE = GLM | {k: MLA[k] for k in MLA if "expert" in k or "group" in k or "moe" in k}
 # A family's line holds what differs from BASE; None takes a key of BASE away.
 FAMILIES: dict[str, dict] = {
+    "apertus": dict(rope_scaling=LLAMA3),
+    "arcee": dict(hidden_act="relu2", head_dim=None),
     "cohere": COHERE | dict(use_qk_norm=True),
     "cohere2": COHERE | dict(sliding_window=5, sliding_window_pattern=2, head_dim=None),
     "deepseek_v2": MLA | dict(first_k_dense_replace=1, topk_method="group_limited_greedy", rope_scaling=YARN),
     "deepseek_v3": MLA | dict(first_k_dense_replace=1, rope_scaling=YARN),
+    "dots1": dict(
+        **dict(n_routed_experts=8, n_shared_experts=2, num_experts_per_tok=3, moe_intermediate_size=24),
+        **dict(first_k_dense_replace=1, sliding_window=5, max_window_layers=2, routed_scaling_factor=1.7),
+        head_dim=None,
+    ),
+    "ernie4_5": dict(use_bias=False),
+    "ernie4_5_moe": dict(
+        **dict(moe_num_experts=5, moe_k=2, moe_intermediate_size=24, moe_num_shared_experts=2),
+        head_dim=None,
+    ),
     "exaone4": dict(sliding_window=5, layer_types=LAYER_TYPES),
     "gemma": dict(head_dim=20, tie_word_embeddings=True),
     "gemma2": GEMMA | dict(query_pre_attn_scalar=20, attn_logit_softcapping=3.0, final_logit_softcapping=2.0),
@@ -133,12 +145,15 @@ FAMILIES: dict[str, dict] = {
         **dict(intermediate_size=64, shared_intermediate_size=80, num_local_experts=0, mamba_n_heads=4),
         **dict(layer_types=["attention"] * 3, position_embedding_type="rope"),
     ),
+    "hunyuan_v1_dense": dict(rope_scaling=dict(rope_type="dynamic", alpha=50.0, factor=1.0)),
+    "hunyuan_v1_moe": dict(num_experts=5, moe_topk=2, intermediate_size=24, tie_word_embeddings=True),
     "internlm3": dict(attention_bias=True, mlp_bias=True, rope_scaling=dict(rope_type="dynamic", factor=3.0)),
     "llama": dict(),
     "llama4_text": dict(
         **dict(num_hidden_layers=4, num_local_experts=5, interleave_moe_layer_step=2, intermediate_size=24),
         **dict(intermediate_size_mlp=56, no_rope_layer_interval=2, attention_chunk_size=6, floor_scale=4),
     ),
+    "minimax_m2": dict(num_local_experts=5, num_experts_per_tok=2, intermediate_size=24, rotary_dim=6),
     "ministral": dict(sliding_window=5, layer_types=LAYER_TYPES),
     "ministral3": dict(
         rope_theta=None, rope_parameters=YARN | dict(rope_theta=12345.0, llama_4_scaling_beta=0.3)
@@ -150,6 +165,7 @@ FAMILIES: dict[str, dict] = {
     "olmo3": dict(sliding_window=5, layer_types=LAYER_TYPES, rope_scaling=YARN),
     "nemotron": dict(rms_norm_eps=None, norm_eps=3e-4, partial_rotary_factor=0.75, mlp_bias=True),
     "olmoe": dict(num_experts=5, num_experts_per_tok=2, intermediate_size=24, head_dim=None, clip_qkv=0.9),
+    "phi": dict(head_dim=None, rms_norm_eps=None, layer_norm_eps=3e-4, partial_rotary_factor=0.5),
     "phi3": dict(
         head_dim=None,
         pad_token_id=5,
@@ -164,6 +180,7 @@ FAMILIES: dict[str, dict] = {
         **dict(shared_expert_intermediate_size=36, decoder_sparse_step=2, head_dim=None),
     ),
     "qwen3": dict(head_dim=24),
+    "seed_oss": dict(attention_bias=True, attention_out_bias=False),
     "smollm3": dict(no_rope_layers=[1, 0, 1], pad_token_id=0),
     "stablelm": dict(
         **dict(head_dim=None, rms_norm_eps=None, layer_norm_eps=3e-4, partial_rotary_factor=0.5),
@@ -177,6 +194,7 @@ FAMILIES: dict[str, dict] = {
 }
 # name -> (family, what differs from the family's line)
 VARIANTS: dict[str, tuple[str, dict]] = {
+    "arcee-bias": ("arcee", dict(attention_bias=True, tie_word_embeddings=True)),
     "cohere-bias": ("cohere", dict(use_qk_norm=False, attention_bias=True, tie_word_embeddings=False)),
     "deepseek_v2-lite": ("deepseek_v2", dict(q_lora_rank=None, topk_method="greedy")),
     "deepseek_v3-plain": (
@@ -190,6 +208,10 @@ VARIANTS: dict[str, tuple[str, dict]] = {
             first_k_dense_replace=0,
         ),
     ),
+    "dots1-bias": ("dots1", dict(attention_bias=True, norm_topk_prob=True, sliding_window=None)),
+    "ernie4_5-bias": ("ernie4_5", dict(use_bias=True, tie_word_embeddings=True)),
+    "ernie4_5_moe-interval": ("ernie4_5_moe", dict(num_hidden_layers=4, moe_layer_interval=2)),
+    "ernie4_5_moe-unshared": ("ernie4_5_moe", dict(moe_num_shared_experts=0, moe_layer_end_index=1)),
     "exaone4-global": ("exaone4", dict(sliding_window=None, layer_types=["full_attention"] * 3)),
     "gpt2-untied-scales": (
         "gpt2",
@@ -215,6 +237,8 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "granite-bias": ("granite", dict(attention_bias=True, tie_word_embeddings=True)),
     "granitemoe-bias": ("granitemoe", dict(attention_bias=True, tie_word_embeddings=True)),
     "granitemoehybrid-nope": ("granitemoehybrid", dict(position_embedding_type="nope")),
+    "hunyuan-bias": ("hunyuan_v1_dense", dict(attention_bias=True, rope_scaling=None)),
+    "hunyuan_v1_moe-lists": ("hunyuan_v1_moe", dict(moe_topk=[2, 2, 2], attention_bias=True)),
     "internlm3-no-bias": ("internlm3", dict(attention_bias=False, mlp_bias=False)),
     "glm4-bias": ("glm4", dict(attention_bias=True, tie_word_embeddings=True)),
     "glm4_moe-bias": (
@@ -232,7 +256,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
             enable_moe_block=True,
             num_experts=5,
             top_k_experts=2,
-            moe_intermediate_size=14,
+            moe_intermediate_size=12,
         ),
     ),
     "llama-tied": ("llama", dict(tie_word_embeddings=True)),
@@ -262,6 +286,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
         ),
     ),
     "nemotron-attention-bias": ("nemotron", dict(attention_bias=True, mlp_bias=False, head_dim=20)),
+    "phi-norms": ("phi", dict(qk_layernorm=True, hidden_act="gelu_new", num_key_value_heads=4)),
     # every text of the proofs is longer than 4: all take the long factors
     "phi3-long": (
         "phi3",
@@ -281,6 +306,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
         ),
     ),
     "qwen2-window": ("qwen2", dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)),
+    "seed_oss-out-bias": ("seed_oss", dict(attention_bias=False, attention_out_bias=True)),
     "smollm3-window": ("smollm3", dict(use_sliding_window=True, sliding_window=5)),
     "stablelm-parallel": (
         "stablelm",
