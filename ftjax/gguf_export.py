@@ -417,6 +417,45 @@ def export_gguf(
     return Exported(path, path.stat().st_size, len(plan) + len(extra), vocabulary.get("ggml.pre"), notes)
 
 
+# The largest error of an element, over the largest value of its block of 32, that a type's rounding explains
+PRECISION = {"F32": 1e-6, "F16": 2.0**-11, "BF16": 2.0**-8, "Q8_0": 1 / 254 + 2.0**-10}
+
+
+def check_file(
+    path: Path,
+    config: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], np.ndarray],
+    quantise: str,
+) -> float:
+    """Re-open a file of `export_gguf` and compare every tensor with what it was made of, in float32.
+
+    Returns the largest error over the largest value of the tensor. UserError where one is further off than
+    its type explains, missing or too much.
+    """
+    from gguf import GGUFReader, dequantize
+
+    row, c = family(config)
+    stored = {t.name: t for t in GGUFReader(path).tensors}
+    extra, worst = rope_tensors(row, c), 0.0
+    plan = plan_tensors(row, c, shapes, "F32", [])
+    if set(stored) != {t.name for t in plan} | set(extra):
+        raise UserError(f"{path.name}: its tensors are not those that were written")
+    for tensor in plan:
+        wanted = tensor.make(read).astype(np.float32).reshape(-1)
+        found = stored[tensor.name]
+        have = dequantize(found.data, found.tensor_type).astype(np.float32).reshape(-1)
+        if have.shape != wanted.shape:
+            raise UserError(f"{path.name}: {tensor.name} has {have.size} elements, not {wanted.size}")
+        blocks = np.pad(np.abs(wanted), (0, -wanted.size % 32)).reshape(-1, 32).max(1)
+        error = np.abs(have - wanted)
+        limit = np.repeat(blocks, 32)[: wanted.size] * PRECISION[quantise] + 2.0**-24
+        if not np.all(error <= limit):
+            raise UserError(f"{path.name}: {tensor.name} is {error.max():.3g} off: it was not written well")
+        worst = max(worst, float(error.max() / max(np.abs(wanted).max(), 1e-30)))
+    return worst
+
+
 def _add(writer, key: str, value: Any) -> None:
     match value:
         case bool():

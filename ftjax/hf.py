@@ -14,6 +14,7 @@ import difflib
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import math
 import mmap
@@ -64,7 +65,8 @@ TOKENIZER_FILES = (
 ).split()
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 HOST = ("cpu",)  # platforms whose arrays lie in host memory
-TILE = 1024  # rows of a transposing copy at a time
+BLOCK = 512  # columns of a transposing copy at a time: a cache line of each fits the first cache
+BAND = 1 << 23  # bytes of a transposed matrix that are made and written at a time
 THREADS = min(4, os.cpu_count() or 1)  # each may hold one tensor's float32 copy, so few
 
 
@@ -469,17 +471,31 @@ def load_params(
     check_names(source, table)
     flat = flatten(shardings) if shardings is not None else {}
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    params = {}
+
+    def size(path: str) -> int:  # of one tensor
+        return math.prod(table.shape(path)) // math.prod(table.apart(path))
+
+    loading, params = {}, {}
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        for path in table.rows:
-            kind = np.float32 if not table.rows[path].ins else dtype or source.dtype(table.names(path)[0])
-            params[path] = _load_leaf(source, table, path, np.dtype(kind), flat.get(path, default), pool)
-            if progress is not None:
-                progress(path, params[path].nbytes)
+        try:
+            for path in sorted(table.rows, key=size, reverse=True):  # so that no large one is left to the end
+                kind = np.float32 if not table.rows[path].ins else dtype or source.dtype(table.names(path)[0])
+                sharding = flat.get(path, default)
+                loading[path] = _load_leaf(source, table, path, np.dtype(kind), sharding, pool)
+            for path in table.rows:
+                params[path] = loading.pop(path)()
+                if progress is not None:
+                    progress(path, params[path].nbytes)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     return unflatten(params)
 
 
-def _load_leaf(source: Source, table: Table, path: str, dtype: np.dtype, sharding, pool) -> jax.Array:
+def _load_leaf(
+    source: Source, table: Table, path: str, dtype: np.dtype, sharding, pool
+) -> Callable[[], jax.Array]:
+    """Start loading, where all of it stays on the host; the result finishes it."""
     shape, apart, names = table.shape(path), table.apart(path), table.names(path)
     n = len(apart)
     at = list(np.ndindex(apart))  # where in the leaf each tensor goes
@@ -503,18 +519,25 @@ def _load_leaf(source: Source, table: Table, path: str, dtype: np.dtype, shardin
                 _copy(out[matrix], part[matrix], len(table.ins(path)))
         source.release(names[i])
 
-    if n == 0 or all(device.platform in HOST for device in where):
+    def on_host() -> Callable[[], list[jax.Array]]:
         # On CPU device_put takes no copy: an aligned buffer that nobody else holds becomes the array.
         buffers = {bounds: aligned_empty(_extent(bounds), dtype) for bounds in set(where.values())}
         jobs = [
             pool.submit(read, i, {k: x[inside(k, i)] for k, x in buffers.items() if holds(k, i)})
             for i in range(len(names))
         ]
-        for job in jobs:
-            job.result()
-        shards = [jax.device_put(buffers[bounds], device) for device, bounds in where.items()]
-    else:
-        # Elsewhere the host holds a few tensors at a time, not the whole stack.
+
+        def finish() -> list[jax.Array]:
+            for job in jobs:
+                job.result()
+            return [jax.device_put(buffers[bounds], device) for device, bounds in where.items()]
+
+        return finish
+
+    def elsewhere() -> list[jax.Array]:
+        if n == 0:
+            return on_host()()
+        # The host holds a few tensors at a time, not the whole stack.
         parts = {device: jnp.zeros(_extent(bounds), dtype, device=device) for device, bounds in where.items()}
         jobs = collections.deque()
         for i in range(len(names) + THREADS):
@@ -529,8 +552,10 @@ def _load_leaf(source: Source, table: Table, path: str, dtype: np.dtype, shardin
                         one = jax.device_put(outs[k], device)
                         parts[device] = _set_part(parts[device], one, inside(k, which))
                 jax.block_until_ready(list(parts.values()))
-        shards = list(parts.values())
-    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+        return list(parts.values())
+
+    shards = on_host() if all(device.platform in HOST for device in where) else elsewhere
+    return lambda: jax.make_array_from_single_device_arrays(shape, sharding, shards())
 
 
 def _extent(bounds) -> tuple[int, ...]:
@@ -552,23 +577,25 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _copy(out: np.ndarray, x: np.ndarray, split: int) -> None:
-    """out[...] = x, cast; `split` axes go in. Transposing goes in tiles a cache line of `out` wide: 3 times
-    faster than as one."""
-    if split == 0 or x.flags.c_contiguous:
+    """out[...] = x, cast; `split` axes go in. Where x lies transposed it goes by blocks that stay in cache.
+
+    A block is first copied, as it lies, into rows an odd number of cache lines apart: rows of a matrix are
+    often a power of two apart, so that a column of them falls into a few sets of the cache.
+    """
+    if split == 0 or x.strides[-1] == x.itemsize:
         out[...] = x
         return
     rows, columns = math.prod(x.shape[:split]), math.prod(x.shape[split:])
-    out, x = out.reshape(rows, columns), x.reshape(rows, columns)
-    widen = x.dtype == ml_dtypes.bfloat16 and out.dtype == np.float32  # its upper half
-    if out.dtype == x.dtype or widen:  # numpy moves its own integers faster than bfloat16
-        out, x = (y.view(f"u{y.itemsize}") for y in (out, x))
-    line = 64 // out.itemsize
-    for i in range(0, rows, TILE):
-        for j in range(0, columns, line):
-            tile = slice(i, i + TILE), slice(j, j + line)
-            out[tile] = x[tile]
-    if widen:
-        np.left_shift(out, 16, out=out)
+    bits = np.dtype(f"u{out.itemsize}")  # numpy moves its own integers fastest
+    width, line = 512 // out.itemsize, 64 // out.itemsize
+    scratch = np.empty((BLOCK, width + line), out.dtype)
+    out, x = out.reshape(rows, columns).view(bits), x.reshape(rows, columns)
+    for j in range(0, columns, BLOCK):
+        for i in range(0, rows, width):
+            block = x[i : i + width, j : j + BLOCK].T
+            near = scratch[: block.shape[0], : block.shape[1]]
+            near[...] = block
+            out[i : i + width, j : j + BLOCK] = near.view(bits).T
 
 
 # -- Out
@@ -691,20 +718,20 @@ def save_model(
     if dtype is not None and dtype not in FLOATS.values():
         raise UserError(f"dtype {dtype} cannot be saved; one of: float32, bfloat16, float16")
     noise = np.zeros(2)
-    own = {source.stored_name(n): n for path in model.table.rows for n in model.table.names(path)}
-    shapes = {n: hf_shape(model.table, path) for path in model.table.rows for n in model.table.names(path)}
+    tuned = Tuned(model.table, source, plan=plan, adapters=adapters, params=params)
+    shapes = tuned.shapes()
+    own = {source.stored_name(n): n for n in shapes}
     entries = {stored: (shapes[name], dtype or source.dtype(name)) for stored, name in own.items()}
     # what is no part of the decoder goes out as it came in, but for a tied head's copy of the embedding
     carried = [n for n in source.names() if re.fullmatch(model.table.others, n) and n not in shapes]
     entries |= {n: (source.shape(n), source.dtype(n)) for n in [*source.others(), *carried]}
-    tuned = _Tuned(model.table, source, plan, adapters, params)
 
     def tensor(name: str) -> np.ndarray:
         if name not in own:
             return source.get(name)
         base, x = tuned(own[name])
-        out = np.ascontiguousarray(x.astype(entries[name][1], copy=False))
-        if not np.isfinite(x).all():
+        out = x.astype(entries[name][1], copy=False)
+        if not _finite(x):
             raise UserError(f"{name} has values that are not finite: nothing was written")
         if base is not None:
             noise[:] += np.square(out.astype(np.float32) - x).sum(), np.square(x - base).sum()
@@ -731,28 +758,39 @@ def save_model(
     return Saved(Path(folder), files, size, result, rounding)
 
 
-class _Tuned:
-    """name -> (the base's float32 tensor where it was changed, else None; the tuned tensor)."""
+class Tuned:
+    """A tuned model's tensors by their names in the table, each made when asked for: name -> (the base's
+    float32 tensor where an adapter changed it, else None; the tuned tensor).
 
-    def __init__(self, table: Table, source: Source, plan: Plan | None, adapters, params):
+    `params` are all weights, or None: those of `source`, with the adapters of `plan` merged in if given.
+    """
+
+    def __init__(self, table: Table, source: Source, *, plan: Plan | None = None, adapters=None, params=None):
         self.table, self.source, self.plan = table, source, plan or {}
-        self.factors = {k: np.asarray(v) for k, v in flatten(adapters).items()} if adapters else {}
+        self.leaves = collections.defaultdict(dict)
+        for key, x in flatten(adapters or {}).items():
+            self.leaves[key.rpartition("/")[0]][key.rpartition("/")[2]] = np.asarray(x)
         self.params = flatten(params) if params is not None else None
         self.where = {name: (path, i) for path in table.rows for i, name in enumerate(table.names(path))}
 
-    def __call__(self, name: str):
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """{name: shape}"""
+        return {name: hf_shape(self.table, path) for name, (path, _) in self.where.items()}
+
+    def __call__(self, name: str) -> tuple[np.ndarray | None, np.ndarray]:
         path, i = self.where[name]
         table, apart = self.table, self.table.apart(path)
-        at = np.unravel_index(i, apart) if apart else ()
+        at = tuple(map(int, np.unravel_index(i, apart))) if apart else ()
         if self.params is not None:
-            return None, to_hf_one(table, path, np.asarray(self.params[path][at]))
-        adapted = self.plan.get(path)
-        if adapted is None or not np.any(np.reshape(adapted.ranks, adapted.lead)[at]):
+            leaf = self.params[path]
+            if isinstance(leaf, jax.Array) and all(d.platform in HOST for d in leaf.devices()):
+                leaf = np.asarray(leaf)  # without a copy, where indexing takes one
+            return None, to_hf_one(table, path, np.asarray(leaf[at]))
+        if path not in self.plan:
             return None, self.source.get(name)
-        base = self.source.get(name).astype(np.float32)
-        scale = np.reshape(np.array(adapted.scales, np.float32), adapted.lead)[at]
-        delta = lora.delta(self.factors[path + "/a"][at], self.factors[path + "/b"][at], scale, np)
-        return base, base + to_hf_one(table, path, delta)
+        base = self.source.get(name)
+        tuned = lora.merged_one(self.plan[path], self.leaves[path], from_hf(table, path, base), at)
+        return (None, base) if tuned is None else (base.astype(np.float32), to_hf_one(table, path, tuned))
 
 
 @contextlib.contextmanager
@@ -793,6 +831,15 @@ def writing(folder: str | os.PathLike, size: int = 0, overwrite: bool = False) -
         shutil.rmtree(tmp, ignore_errors=True)
 
 
+def _finite(x: np.ndarray) -> bool:
+    """Whether all of x is. The bits of positive floats are ordered as the floats are, those of negative ones
+    by size with the sign as top bit; infinity and what is not a number are the largest of either."""
+    if x.dtype.itemsize != 2 or not x.size:
+        return bool(np.isfinite(x).all())
+    top = int(np.array(np.inf, x.dtype).view(np.uint16))  # float16's and bfloat16's own isfinite are slow
+    return bool(x.view(np.int16).max() < top and x.view(np.uint16).max() < top | 0x8000)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -827,8 +874,10 @@ def write_safetensors(
     entries: Mapping[str, tuple[tuple[int, ...], np.dtype]],
     tensor: Callable[[str], np.ndarray],
 ) -> None:
-    """One file, a tensor in memory at a time. Widest dtypes come first, as the safetensors library orders
-    them."""
+    """One file. Widest dtypes come first, as the safetensors library orders them.
+
+    A thread makes tensors, or where one lies transposed bands of it, one ahead of what is being written.
+    """
     kinds = {dtype: kind for kind, dtype in DTYPES.items()}
     order = sorted(entries, key=lambda name: (-entries[name][1].itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -840,12 +889,33 @@ def write_safetensors(
         at = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    with open(path, "wb") as f:
-        f.write(len(raw).to_bytes(8, "little") + raw)
+
+    def pieces() -> Iterator[np.ndarray]:
+        bands = [np.empty(0, np.uint8)] * 2  # while one is written the other is filled
         for name in order:
             x = tensor(name)
             assert x.shape == entries[name][0] and x.dtype == entries[name][1], name
-            f.write(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
+            if x.flags.c_contiguous:
+                yield x.reshape(-1).view(np.uint8)
+                continue
+            x = x.reshape(-1, *x.shape[-2:])  # matrices: a view, but for layouts that no family has
+            rows = max(1, BAND // (x.shape[2] * x.itemsize))
+            for i, first in itertools.product(range(len(x)), range(0, x.shape[1], rows)):
+                band = x[i, first : first + rows]
+                if bands[0].size < band.nbytes:
+                    bands[0] = np.empty(max(BAND, band.nbytes), np.uint8)
+                out = bands[0][: band.nbytes]
+                _copy(out.view(band.dtype).reshape(band.shape), band, 1)
+                yield out
+                bands.reverse()
+
+    with open(path, "wb") as f, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        f.write(len(raw).to_bytes(8, "little") + raw)
+        source = pieces()
+        ahead = pool.submit(next, source, None)
+        while (piece := ahead.result()) is not None:
+            ahead = pool.submit(next, source, None)
+            f.write(piece.data)
         f.flush()
         os.fsync(f.fileno())
 
@@ -880,6 +950,33 @@ def _write_generation_config(folder: Path, source: Source, stop_ids: Iterable[in
         write_json(folder / raw.name, config)
 
 
+def push(folder: str | os.PathLike, repository: str, *, private: bool = False) -> str:
+    """Upload a folder's files to a repository of the hub, made if there is none; its address.
+
+    UserError where the hub refuses: not logged in, no right to write there, not reachable.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    if not re.fullmatch(r"[\w][\w.-]*/[\w.-]+", repository):
+        raise UserError(f"--push {repository}: a repository is OWNER/NAME")
+    try:
+        api = huggingface_hub.HfApi()
+        url = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(folder_path=str(folder), repo_id=repository, commit_message="Tuned with ftjax")
+    except errors.LocalTokenNotFoundError:
+        raise UserError(f"--push {repository}: not logged in: `hf auth login`, or set HF_TOKEN") from None
+    except Exception as e:  # offline shows as one of a dozen classes of two libraries
+        status = getattr(getattr(e, "response", None), "status_code", None)
+        why = (
+            "no right to write there: `hf auth login` with a token that may write"
+            if status in (401, 403)
+            else f"the hub cannot be reached or refuses ({type(e).__name__}: {e})"
+        )
+        raise UserError(f"--push {repository}: {why}. {folder} stays as it is") from e
+    return f"pushed to {url}"
+
+
 def write_chat_template(folder: Path, template: str) -> None:
     """The one place that readers look first, and out of tokenizer_config.json, so that there are not two."""
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -888,6 +985,25 @@ def write_chat_template(folder: Path, template: str) -> None:
     config = read_json(path) if path.is_file() else {}
     if config.pop("chat_template", None) is not None:
         write_json(path, config)
+
+
+USE = {
+    "transformers": """```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+```""",
+    "peft": """```python
+from transformers import AutoModelForCausalLM
+from peft import PeftModel
+
+model = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(model, "PATH")
+```""",
+    "gguf": """```
+ollama create NAME -f Modelfile
+```""",
+}
 
 
 def model_card(
@@ -902,7 +1018,7 @@ def model_card(
 ) -> str:
     """README.md of a tuned model or adapter: front matter for the hub, then tables of what is given.
 
-    `library` is "transformers" or "peft".
+    `library` is "transformers", "peft" or "gguf".
     """
     front = ["---", f"library_name: {library}", "pipeline_tag: text-generation", "tags:", "- ftjax"]
     if library == "peft":
@@ -910,18 +1026,11 @@ def model_card(
     if re.fullmatch(r"[\w][\w.-]*/[\w.-]+", base) and not Path(base).exists():
         front.append(f"base_model: {base}")  # the hub wants an id here, never a path
     front.append("---")
-    load = {
-        "transformers": 'model = AutoModelForCausalLM.from_pretrained("PATH")',
-        "peft": f'model = AutoModelForCausalLM.from_pretrained("{base}")\n'
-        'model = PeftModel.from_pretrained(model, "PATH")',
-    }[library]
-    imports = "from transformers import AutoModelForCausalLM"
-    imports += "\nfrom peft import PeftModel" if library == "peft" else ""
     parts = [
         "\n".join(front),
         f"# {name}",
         f"Tuned from `{base}` with ftjax." + (f" {notes}" if notes else ""),
-        f"```python\n{imports}\n\n{load}\n```",
+        USE[library].format(base=base),
     ]
     for title, rows in (("Scores", scores), ("Data", data), ("Settings", settings)):
         if rows:

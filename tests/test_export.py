@@ -1,6 +1,8 @@
 """ftjax export on a run folder as training leaves it."""
 
+import functools
 import json
+import pathlib
 import shutil
 
 import jax
@@ -10,9 +12,11 @@ import test_gguf
 import test_hf
 import tiny
 
-from ftjax import hf, lora, models, peft
+from ftjax import gguf_export, hf, lora, models, peft
 from ftjax.errors import UserError
 from ftjax.recipes import export
+
+ASSETS = pathlib.Path(__file__).parent / "assets"
 
 
 def make_run(run, source, dtype=None):
@@ -60,10 +64,13 @@ def test_merged(made, run, capsys):
 
 def test_adapter(made, run, capsys, tmp_path):
     _, model, _ = made
-    export.main([str(run), "--for", "peft", "--output", str(tmp_path / "out"), "--portable"])
-    assert "the adapter of 21 modules, read back" in capsys.readouterr().out
+    export.main([str(run), "--for", "peft", "--output", str(tmp_path / "peft")])
+    assert "re-opened: max |Δlogit| 0" in capsys.readouterr().out
+    assert peft.load(tmp_path / "peft", model)[0].use_rslora
+    export.main([str(run), "--for", "vllm", "--output", str(tmp_path / "out")])
+    assert "re-opened: max |Δlogit|" in capsys.readouterr().out
     config, plan, adapters = peft.load(tmp_path / "out", model)
-    assert not config.use_rslora and config.lora_alpha == config.r == 4
+    assert not config.use_rslora and config.lora_alpha == config.r == 8  # the smallest rank that vLLM has
     card = (tmp_path / "out" / "README.md").read_text()
     assert "library_name: peft" in card
 
@@ -88,6 +95,102 @@ def test_of_a_gguf_the_base_comes_along(tmp_path, capsys):
     merged = hf.open_model(tmp_path / "run/export/hf")
     assert {str(merged.dtype(n)) for n in merged.names()} == {"bfloat16"}
     assert hf.load_tokenizer(merged).chat_template == "{{ messages }}"
+
+
+def test_what_vllm_does_not_load_is_merged(made, run, tmp_path, capsys, monkeypatch):
+    def refuse(*_, layout, **__):
+        assert layout == "vllm"
+        raise peft.Inexpressible("DoRA")
+
+    monkeypatch.setattr(peft, "save", refuse)
+    export.main([str(run), "--for", "vllm", "--output", str(tmp_path / "out")])
+    assert "vLLM does not load such an adapter (DoRA): the merged model is written" in capsys.readouterr().out
+    assert hf.open_model(tmp_path / "out").names()
+
+
+@pytest.mark.parametrize("quantise", ["F32", "Q8_0"])
+def test_one_gguf_file(quantise, tmp_path, capsys):
+    """The committed tiny model has a tokenizer of llama.cpp's kinds."""
+    base = hf.open_model(ASSETS / "tiny_model")
+    model, tree = make_run(tmp_path / "run", base)
+    export.main([str(tmp_path / "run"), "--for", "gguf", "--quantise", quantise])
+    out = capsys.readouterr().out
+    assert "re-opened: max |Δlogit|" in out and "ollama create run -f" in out
+    folder = tmp_path / "run/export/gguf"
+    assert sorted(p.name for p in folder.iterdir()) == ["Modelfile", "README.md", f"run-{quantise}.gguf"]
+    source = hf.open_model(folder / f"run-{quantise}.gguf")
+    again = models.from_config(source.config)
+    drift = hf.drift(hf.probe(model, tree), again, hf.load_params(source, again))
+    assert drift.relative < (1e-6 if quantise == "F32" else 0.03)
+    assert f"FROM ./run-{quantise}.gguf" in (folder / "Modelfile").read_text()
+
+
+def test_a_gguf_file_of_another_family_is_compared_by_tensors(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hf, "open_model", functools.partial(_no_gguf, hf.open_model))
+    make_run(tmp_path / "run", hf.open_model(ASSETS / "tiny_model"))
+    export.main([str(tmp_path / "run"), "--for", "gguf", "--quantise", "Q8_0"])
+    assert "its tensors are within 0.00" in capsys.readouterr().out
+    write = gguf_export.Tensor.make
+    broken = lambda self, read: write(self, lambda name: read(name) * (1.1 if "down" in name else 1))  # noqa: E731
+    calls = []
+
+    def make(self, read):  # the first time wrong, as a damaged file would be
+        calls.append(self.name)
+        return (broken if calls.count(self.name) == 1 else write)(self, read)
+
+    monkeypatch.setattr(gguf_export.Tensor, "make", make)
+    with pytest.raises(UserError, match="ffn_down.* off: it was not written well"):
+        export.main([str(tmp_path / "run"), "--for", "gguf", "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def _no_gguf(opened, path, *args):
+    if str(path).endswith(".gguf"):
+        raise UserError("an architecture that is not read")
+    return opened(path, *args)
+
+
+def test_push(made, run, tmp_path, monkeypatch, capsys):
+    import huggingface_hub
+
+    calls = []
+
+    class Api:
+        def create_repo(self, name, **options):
+            calls.append((name, options))
+            return f"https://hub/{name}"
+
+        def upload_folder(self, *, folder_path, repo_id, commit_message):
+            calls.append((repo_id, sorted(p.name for p in pathlib.Path(folder_path).iterdir())))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    out = str(tmp_path / "out")
+    export.main([str(run), "--for", "peft", "--output", out, "--push", "ada/tuned", "--private"])
+    assert "pushed to https://hub/ada/tuned" in capsys.readouterr().out
+    assert calls[0] == ("ada/tuned", {"private": True, "exist_ok": True})
+    assert {"README.md", peft.WEIGHTS, peft.CONFIG} <= set(calls[1][1])
+    with pytest.raises(UserError, match="a repository is OWNER/NAME"):
+        export.main([str(run), "--for", "peft", "--output", out, "--overwrite", "--push", "tuned"])
+
+    def offline(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(Api, "create_repo", offline)
+    with pytest.raises(UserError, match=r"cannot be reached or refuses \(ConnectionError.* stays as it is"):
+        export.main([str(run), "--for", "peft", "--output", out, "--overwrite", "--push", "ada/tuned"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--for", "hf", "--quantise", "F16"),
+        ("--for", "gguf", "--dtype", "float32"),
+        ("--for", "hf", "--private"),
+    ],
+)
+def test_flags_without_effect(run, flags):
+    with pytest.raises(UserError, match="is of|are of"):
+        export.main([str(run), *flags])
 
 
 def test_every_weight(made, run, tmp_path, capsys):
@@ -121,11 +224,9 @@ def test_what_is_missing_or_changed(made, run, tmp_path):
 
 def test_of_a_checkpoint(tmp_path, capsys):
     """A real run of a few steps: its adapter is that of the last checkpoint; an earlier one is another."""
-    from pathlib import Path
-
     from ftjax import cli
 
-    model = Path(__file__).parent / "assets" / "tiny_model"
+    model = ASSETS / "tiny_model"
     messages = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "ran and saw"}]
     (tmp_path / "train.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 8)
     run = tmp_path / "run"
@@ -147,3 +248,23 @@ def test_of_a_checkpoint(tmp_path, capsys):
     for which, said in (("3", "there are: best, last, 2, 4"), ("best", "no evaluation chose a best")):
         assert cli.main(["export", str(run), "--for", "hf", "--checkpoint", which]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_of_a_checkpoint_of_all_weights(tmp_path, capsys):
+    from ftjax import cli
+
+    messages = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "ran and saw"}]
+    (tmp_path / "train.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 8)
+    run = tmp_path / "run"
+    settings = dict(
+        model=ASSETS / "tiny_model", output=run, lora="null", checkpoint="{every: 2}", mesh="{fsdp: -1}",
+        train="{max_steps: 4, batch_size: 8, dtype: float32}", report="{tensorboard: false}",
+        data=f"{{train: {tmp_path / 'train.jsonl'}, max_length: 64, cache_dir: {tmp_path / 'cache'}}}",
+    )  # fmt: skip
+    assert cli.main(["sft", *(f"{k}={v}" for k, v in settings.items())]) == 0
+    norms = {}
+    for which in ("2", "4"):
+        argv = ["export", str(run), "--for", "hf", "--checkpoint", which, "--output", str(tmp_path / which)]
+        assert cli.main([*argv, "--dtype", "float32"]) == 0
+        norms[which] = hf.open_model(tmp_path / which).get("model.norm.weight").tobytes()
+    assert norms["4"] == hf.open_model(run / "model").get("model.norm.weight").tobytes() != norms["2"]

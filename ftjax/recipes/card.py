@@ -11,7 +11,7 @@ from ftjax import hf
 def of_run(run: pathlib.Path, base: str, library: str, scores: dict[str, float] | None = None) -> str:
     """README.md for a tuned model or adapter: settings from config.yaml; `scores`, else those in the folder.
 
-    `library` is "transformers" or "peft".
+    `library` is "transformers", "peft" or "gguf".
     """
     path = run / "config.yaml"
     values = (yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
