@@ -154,17 +154,25 @@ def make_schedule(options: OptimOptions, total_steps: int) -> Schedule:
 
 class Geometry(NamedTuple):
     """How many leading axes of an array stack matrices, and how many of the rest are rows of one; `rows` = 0
-    is a vector. `kind` says what the weight is, where that matters."""
+    is a vector. `kind` says what the weight is, where that matters; "fixed" is never changed."""
 
     stack: int
     rows: int
-    kind: Literal["linear", "lookup", "head", "vector", "a", "b"]
+    kind: Literal["linear", "lookup", "head", "vector", "a", "b", "fixed"]
 
 
 def geometry(path: str, ndim: int, table: Table | None) -> Geometry:
-    """From the weight table; a path the table does not know is a matrix from two axes on."""
+    """From the weight table (leaves of LoRA's tree by their row); a path the table does not know is a matrix
+    from two axes on."""
     row_path, _, factor = path.rpartition("/")
     known = table.rows if table is not None else {}
+    if row_path in known and path not in known:
+        if factor == "full":
+            return geometry(row_path, ndim, table)
+        if factor == "rows":
+            return Geometry(0, 1, "lookup")
+        if factor in ("m", "a0", "b0"):
+            return Geometry(0, 0, "vector" if factor == "m" else "fixed")
     if path in known:
         row, kind = known[path], None
     elif factor in ("a", "b") and (row_path in known or table is None):
@@ -219,6 +227,8 @@ def _per_weight(options: OptimOptions, shapes: Mapping[str, Geometry]):
         decays[path] = 0.0 if shape.kind == "vector" else options.weight_decay
         if group.weight_decay is not None:
             decays[path] = group.weight_decay
+        if shape.kind == "fixed":
+            rates[path] = decays[path] = 0.0
     for i, group in enumerate(options.groups):
         if i not in used:
             taken = any(re.search(group.match, path) for path in shapes)

@@ -306,7 +306,8 @@ class LoraWeight(struct.PyTreeNode):
     """A frozen weight [*in, *out] with factors a [*in, R], b [R, *out]: acts as base + scale · a b.
 
     Axes that count separate matrices (layers, experts) lead everywhere, and are all of `scale`'s. With `rng`
-    (a key a layer) the input of the a·b branch is dropped out at rate `dropout`."""
+    (a key a layer) the input of the a·b branch is dropped out at rate `dropout`. With `m` [*out] each output
+    of that sum is scaled to the norm m (DoRA, arXiv:2402.09353), where m is not infinite."""
 
     base: Any
     a: jax.Array
@@ -314,6 +315,29 @@ class LoraWeight(struct.PyTreeNode):
     scale: jax.Array
     rng: jax.Array | None = None
     dropout: float = struct.field(pytree_node=False, default=0.0)
+    m: jax.Array | None = None
+
+
+class StackedLora(struct.PyTreeNode):
+    """A frozen weight with X adapters at once, another for each row of the batch: a [*lead, X, *in, R],
+    b [*lead, X, R, *out] with the scale in it, `gain` [*lead, X, *out] that multiplies the outputs (DoRA), or
+    None; `which` int32 [*lead, B] is each row's adapter, -1 for none."""
+
+    base: Any
+    a: jax.Array
+    b: jax.Array
+    which: jax.Array
+    gain: jax.Array | None = None
+
+
+class RowsWeight(struct.PyTreeNode):
+    """A frozen table of which some rows are trained: `rows` [n, D] stand for `indices` int32 [n] along `axis`
+    of `base` (0 of an embedding [V, D], 1 of a head [D, V])."""
+
+    base: Any
+    rows: jax.Array
+    indices: jax.Array
+    axis: int = struct.field(pytree_node=False, default=0)
 
 
 class NoisyEmbedding(struct.PyTreeNode):
@@ -327,7 +351,7 @@ class NoisyEmbedding(struct.PyTreeNode):
 
 def is_leaf(x) -> bool:
     """For jax.tree.map: stop at this module's leaf types."""
-    return isinstance(x, LoraWeight | NoisyEmbedding)
+    return isinstance(x, LoraWeight | StackedLora | RowsWeight | NoisyEmbedding)
 
 
 def flatten(tree) -> dict[str, Any]:

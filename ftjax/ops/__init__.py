@@ -16,7 +16,7 @@ from ftjax.ops.layers import (
     shard,
     silu_times,
 )
-from ftjax.ops.linear import einsum, embed, product
+from ftjax.ops.linear import einsum, embed, lookup, product
 from ftjax.ops.moe import (
     balance_loss,
     expert_bias,
@@ -46,6 +46,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "linear_logprobs",
+    "lookup",
     "product",
     "rms_norm",
     "rope",

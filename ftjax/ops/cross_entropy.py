@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ftjax.weights import LoraWeight
+from ftjax.weights import LoraWeight, RowsWeight
 
 Unembed = Callable[[Any, jax.Array], jax.Array]  # (head leaf, [..., D]) -> float32 logits [..., V]
 
@@ -49,18 +49,22 @@ def _slice(x, i, chunk: int):
 
 
 def _trained(head, frozen_head: bool):
-    """The arrays of the head that get a gradient: of a frozen one none, of an adapted one its factors."""
+    """The arrays of the head that get a gradient: of a frozen one none, of an adapted one its own."""
     if frozen_head:
         return None
-    return (head.a, head.b) if isinstance(head, LoraWeight) else head
+    if isinstance(head, LoraWeight):
+        return head.a, head.b, head.m
+    return head.rows if isinstance(head, RowsWeight) else head
 
 
 def _put(head, trained, i=None):
     """The head with `trained` in place; for chunk i, with dropout's key for that chunk."""
+    if isinstance(head, RowsWeight):
+        return head if trained is None else head.replace(rows=trained)
     if not isinstance(head, LoraWeight):
         return head if trained is None else trained
     if trained is not None:
-        head = head.replace(a=trained[0], b=trained[1])
+        head = head.replace(a=trained[0], b=trained[1], m=trained[2])
     return head if i is None or head.rng is None else head.replace(rng=jax.random.fold_in(head.rng, i))
 
 
@@ -71,7 +75,10 @@ def _cotangent(head, d_trained, g=1.0):
     trained = _trained(head, False)
     d_trained = jax.tree.map(lambda x, w: (x * g).astype(w.dtype), d_trained, trained)
     if isinstance(head, LoraWeight):
-        return head.replace(base=None, scale=None, rng=None, a=d_trained[0], b=d_trained[1])
+        a, b, m = d_trained
+        return head.replace(base=None, scale=None, rng=None, a=a, b=b, m=m)
+    if isinstance(head, RowsWeight):
+        return head.replace(base=None, indices=None, rows=d_trained)
     return d_trained
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ftjax.weights import LoraWeight, NoisyEmbedding
+from ftjax.weights import LoraWeight, NoisyEmbedding, RowsWeight, StackedLora
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
@@ -38,20 +38,125 @@ product.defvjp(_product_fwd, _product_bwd)
 
 
 def einsum(eqn: str, x, w, dtype=None) -> Any:
-    """`product(eqn, x, w)` where `w` may be any leaf type. For a LoraWeight, a·b is never formed."""
+    """`product(eqn, x, w)` where `w` may be any leaf type. Of adapted weights a·b is never formed.
+
+    An embedding table is a head too where the two are tied: whichever of its sides `eqn` contracts, an
+    adapter on it acts as base + scale · a b.
+    """
     if isinstance(w, NoisyEmbedding):
         return einsum(eqn, x, w.base, dtype)
+    if isinstance(w, RowsWeight):
+        return _rows_product(eqn, x, w, dtype)
+    if isinstance(w, StackedLora):
+        return _stacked_product(eqn, x, w, dtype)
     if not isinstance(w, LoraWeight):
         return product(eqn, x, w, dtype)
-    (x_axes, w_axes), y_axes = eqn.split("->")[0].split(","), eqn.split("->")[1]
-    ins = "".join(c for c in w_axes if c in x_axes)
-    outs = "".join(c for c in w_axes if c not in x_axes)
+    x_axes, ins, outs, y_axes, forward = _sides(eqn, w.a.ndim - 1)
+    base_eqn = eqn
     rank = next(c for c in "R" + string.ascii_lowercase if c not in eqn)
     h_axes = "".join(c for c in x_axes if c not in ins) + rank
-    h: Any = product(f"{x_axes},{ins}{rank}->{h_axes}", dropout(x, w), w.a, jnp.float32)
+    first, second = (w.a, w.b) if forward else (w.b, w.a)
+    first_axes, second_axes = (ins + rank, rank + outs) if forward else (rank + ins, outs + rank)
+    gain = None if w.m is None else output_gain(w)
+    branch = dropout(x, w)
+    dropped = branch is not x
+    if gain is not None and not forward:  # the outputs that DoRA scales are contracted here
+        scaled = branch.astype(jnp.float32) * _along(gain, ins, x_axes)
+        x32 = x.astype(jnp.float32) + (scaled - branch.astype(jnp.float32)) if dropped else scaled
+        x, branch, gain = x32.astype(x.dtype), scaled.astype(x.dtype), None
+    h: Any = product(f"{x_axes},{first_axes}->{h_axes}", branch, first, jnp.float32)
     h = (h * w.scale).astype(x.dtype)
-    delta: Any = product(f"{h_axes},{rank}{outs}->{y_axes}", h, w.b, jnp.float32)
-    return (einsum(eqn, x, w.base, jnp.float32) + delta).astype(dtype or x.dtype)  # rounded once
+    delta: Any = product(f"{h_axes},{second_axes}->{y_axes}", h, second, jnp.float32)
+    y = einsum(base_eqn, x, w.base, jnp.float32)
+    if gain is None:
+        return (y + delta).astype(dtype or x.dtype)  # rounded once
+    gain = _along(gain, outs, y_axes)
+    if not dropped:
+        return (gain * (y + delta)).astype(dtype or x.dtype)
+    # as in PEFT: the base sees the whole input once, and what DoRA adds to it is of the dropped one
+    dropped_y = einsum(base_eqn, branch, w.base, jnp.float32)
+    return (y + (gain - 1.0) * dropped_y + gain * delta).astype(dtype or x.dtype)
+
+
+def _sides(eqn: str, count: int) -> tuple[str, str, str, str, bool]:
+    """(x's letters, the weight's contracted ones, its others, y's, whether the contracted are the weight's
+    first `count`: in a tied head they are its last)."""
+    (x_axes, w_axes), y_axes = eqn.split("->")[0].split(","), eqn.split("->")[1]
+    ins, outs = w_axes[:count], w_axes[count:]
+    if all(c in x_axes for c in ins):
+        return x_axes, ins, outs, y_axes, True
+    return x_axes, outs, ins, y_axes, False
+
+
+def _along(gain, letters: str, axes: str):
+    """`gain`, whose axes are `letters`, shaped to multiply an array of `axes`."""
+    order = sorted(range(len(letters)), key=lambda i: axes.index(letters[i]))
+    sizes = dict(zip(letters, gain.shape, strict=True))
+    return gain.transpose(order).reshape([sizes.get(c, 1) for c in axes])
+
+
+def output_norm(base, a, b, scale):
+    """‖W + s a b‖ over the inputs, for each output: float32 [*lead, *out]. `scale` is [*lead].
+
+    By ‖W‖² + Σ_r s b ⊙ (2 aᵀW + s (aᵀa) b), so that a b is never formed. For W [I, O] and rank R that is
+    2 I O R operations (aᵀW), as many as the weight's own product with R more tokens, once a layer and pass;
+    beside it 2 I O (‖W‖²) and 2 (I + O) R². No gradient goes through it.
+    """
+    lead, count = scale.ndim, a.ndim - scale.ndim - 1
+    letters = string.ascii_uppercase
+    L, ins, outs = letters[:lead], letters[lead : lead + count], letters[lead + count : base.ndim]
+    base, a, b, scale = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in (base, a, b, scale))
+    dot: Any = functools.partial(jnp.einsum, precision="highest")
+    s = scale.reshape(scale.shape + (1,) * (1 + len(outs)))
+    aw = dot(f"{L}{ins}r,{L}{ins}{outs}->{L}r{outs}", a, base)
+    aab = dot(f"{L}rq,{L}q{outs}->{L}r{outs}", dot(f"{L}{ins}r,{L}{ins}q->{L}rq", a, a), b)
+    squared = jnp.sum(jnp.square(base), axis=tuple(range(lead, lead + count)))
+    squared += jnp.sum(s * b * (2.0 * aw + s * aab), axis=lead)
+    return jnp.sqrt(jnp.maximum(squared, jnp.finfo(jnp.float32).tiny))
+
+
+def output_gain(w: LoraWeight):
+    """DoRA's factor of each output, m / ‖W + s a b‖: float32 [*lead, *out]. The norm counts as a constant in
+    the gradient (arXiv:2402.09353, section 4.3)."""
+    assert w.m is not None
+    gain = w.m.astype(jnp.float32) / output_norm(w.base, w.a, w.b, w.scale)
+    return jnp.where(jnp.isinf(w.m), 1.0, gain)
+
+
+def _rows_product(eqn: str, x, w: RowsWeight, dtype):
+    """A head of which some outputs are trained: theirs take the place of the base's."""
+    (x_axes, w_axes), y_axes = eqn.split("->")[0].split(","), eqn.split("->")[1]
+    out = w_axes[w.axis]
+    rows_axes = out + w_axes[1 - w.axis]
+    y: Any = einsum(eqn, x, w.base, dtype)
+    trained: Any = product(f"{x_axes},{rows_axes}->{y_axes}", x, w.rows, y.dtype)
+    at = tuple(w.indices if c == out else slice(None) for c in y_axes)
+    return y.at[at].set(trained)
+
+
+def _stacked_product(eqn: str, x, w: StackedLora, dtype):
+    x_axes, ins, outs, y_axes, forward = _sides(eqn, w.a.ndim - 2)
+    rank, batch = next(c for c in "R" + string.ascii_lowercase if c not in eqn), x_axes[0]
+    h_axes = "".join(c for c in x_axes if c not in ins) + rank
+    which = jnp.repeat(w.which, x.shape[0] // w.which.shape[0])  # where rows and tokens are one axis
+    a, b = _chosen(w.a, which), _chosen(w.b, which)
+    first, second = (a, b) if forward else (b, a)
+    first_axes, second_axes = (ins + rank, rank + outs) if forward else (rank + ins, outs + rank)
+    gain = None if w.gain is None else _chosen(w.gain, which, 1.0)
+    if gain is not None and not forward:
+        x = (x.astype(jnp.float32) * _along(gain, batch + ins, x_axes)).astype(x.dtype)
+    h: Any = product(f"{x_axes},{batch}{first_axes}->{h_axes}", x, first)
+    delta: Any = product(f"{h_axes},{batch}{second_axes}->{y_axes}", h, second, jnp.float32)
+    y = einsum(eqn, x, w.base, jnp.float32) + delta
+    if gain is not None and forward:
+        y = y * _along(gain, batch + outs, y_axes)
+    return y.astype(dtype or x.dtype)
+
+
+def _chosen(x, which, other: float = 0.0):
+    """x[which], `other` where that is -1."""
+    rows = x[jnp.maximum(which, 0)]
+    return jnp.where((which >= 0).reshape(-1, *(1,) * (rows.ndim - 1)), rows, jnp.asarray(other, rows.dtype))
 
 
 def dropout(x, w: LoraWeight):
@@ -62,12 +167,39 @@ def dropout(x, w: LoraWeight):
     return jnp.where(keep, x / (1.0 - w.dropout), 0).astype(x.dtype)
 
 
+def lookup(w, ids, dtype):
+    """Rows of a table [V, D] of any leaf type as [*ids, D]. Of a LoraWeight a row is
+    base[id] + scale · a[id] b, without dropout, as in PEFT."""
+    if isinstance(w, NoisyEmbedding):
+        return lookup(w.base, ids, dtype)
+    if isinstance(w, RowsWeight):
+        rows = jnp.arange(w.rows.shape[0], dtype=jnp.int32)
+        slot = jnp.full(w.base.shape[0], -1, jnp.int32).at[w.indices].set(rows)[ids]
+        trained = w.rows[jnp.maximum(slot, 0)].astype(dtype)
+        return jnp.where(slot[..., None] >= 0, trained, lookup(w.base, ids, dtype))
+    axes = string.ascii_lowercase[: ids.ndim]
+    if isinstance(w, LoraWeight):
+        h = (w.a[ids] * w.scale).astype(dtype)
+        delta: Any = product(f"{axes}R,RD->{axes}D", h, w.b, jnp.float32)
+        y = lookup(w.base, ids, jnp.float32) + delta
+        return (y if w.m is None else y * output_gain(w)).astype(dtype)
+    if isinstance(w, StackedLora):
+        which = w.which.reshape(-1, *(1,) * (ids.ndim - 1))
+        h = w.a[jnp.maximum(which, 0), ids].astype(dtype)
+        delta: Any = product(f"{axes}R,{axes[0]}RD->{axes}D", h, _chosen(w.b, w.which), jnp.float32)
+        y = lookup(w.base, ids, jnp.float32) + delta
+        if w.gain is not None:
+            y = y * _along(_chosen(w.gain, w.which, 1.0), axes[0] + "D", axes + "D")
+        return y.astype(dtype)
+    return w[ids].astype(dtype)
+
+
 def embed(w, tokens_BT, segments_BT, dtype):
     """Rows of an embedding table [V, D] as [B, T, D]. NEFTune's noise has the width alpha / sqrt(T' D), T'
     the length of the token's own document (segment), so that packing does not change it."""
+    x_BTD = lookup(w, tokens_BT, dtype)
     if not isinstance(w, NoisyEmbedding):
-        return w[tokens_BT].astype(dtype)
-    x_BTD = embed(w.base, tokens_BT, segments_BT, dtype)
+        return x_BTD
     length_BT = jnp.sum(segments_BT[:, :, None] == segments_BT[:, None, :], axis=-1)
     width_BT = w.alpha * jax.lax.rsqrt((length_BT * x_BTD.shape[-1]).astype(jnp.float32))
     noise = jax.random.uniform(w.rng, x_BTD.shape, jnp.float32, -1.0, 1.0) * width_BT[..., None]

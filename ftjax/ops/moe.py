@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ftjax.ops.linear import dropout
+from ftjax.ops.linear import dropout, output_gain
 from ftjax.weights import LoraWeight
 
 
@@ -69,17 +69,24 @@ def grouped(rows, w, group_sizes, dtype=None) -> Any:
 
     Rows are sorted by expert, `group_sizes` int32 [E] of them each, summing to M. Float32 accumulation in the
     backward products too; result in `dtype` or rows'. `w` may be a LoraWeight with a [E, *in, R],
-    b [E, R, *out] and scale [E] or a scalar: a·b is never formed.
+    b [E, R, *out], scale [E] or a scalar, and m [E, *out] or None: a·b is never formed.
     """
     if not isinstance(w, LoraWeight):
         return _grouped(rows, w, group_sizes, dtype)
-    h: Any = _grouped(dropout(rows, w), w.a, group_sizes, jnp.float32)
+    branch = dropout(rows, w)
+    h: Any = _grouped(branch, w.a, group_sizes, jnp.float32)
     scale = w.scale
     if scale.ndim:
         scale = scale[_row_experts(group_sizes, rows.shape[0])][:, None]
     delta: Any = _grouped((h * scale).astype(rows.dtype), w.b, group_sizes, jnp.float32)
-    base = grouped(rows, w.base, group_sizes, jnp.float32)
-    return (base + delta).astype(dtype or rows.dtype)  # rounded once
+    y = grouped(rows, w.base, group_sizes, jnp.float32)
+    if w.m is None:
+        return (y + delta).astype(dtype or rows.dtype)  # rounded once
+    gain = output_gain(w)[_row_experts(group_sizes, rows.shape[0])]
+    if branch is rows:
+        return (gain * (y + delta)).astype(dtype or rows.dtype)
+    dropped = grouped(branch, w.base, group_sizes, jnp.float32)  # as in ops.einsum
+    return (y + (gain - 1.0) * dropped + gain * delta).astype(dtype or rows.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
