@@ -2,7 +2,7 @@
 attention, shared experts beside the routed ones.
 
 Keys and values are products of one latent vector a token, and one rotated key serves all heads: the cache
-holds these two only. Letters beyond weights.py and moe.py: H a head of q and k, U a head of v, Q the latent
+holds these two only. Letters beyond weights.py and moe.py: H a head of q and k, O a head of v, Q the latent
 size of q, C that of k and v, P the latent with the rotated key, W what of a head of k is not rotated with a
 head of v.
 """
@@ -120,7 +120,7 @@ class MlaConfig(SharedExpertsConfig):
     def sizes(self):
         return super().sizes | dict(
             H=self.qk_nope_head_dim + self.qk_rope_head_dim,
-            U=self.v_head_dim,
+            O=self.v_head_dim,
             Q=self.q_lora_rank or 0,
             C=self.kv_lora_rank,
             P=self.kv_lora_rank + self.qk_rope_head_dim,
@@ -139,7 +139,7 @@ MLA: Rows = {
     "kv_a": Weight("D->P", ATTN + "kv_a_proj_with_mqa.weight"),
     "kv_a_norm": Weight("C", ATTN + "kv_a_layernorm.weight", init="ones"),
     "kv_b": Weight("C->NW", ATTN + "kv_b_proj.weight"),
-    "o": Weight("NU->D", ATTN + "o_proj.weight"),
+    "o": Weight("NO->D", ATTN + "o_proj.weight"),
 }
 MLA_Q: Rows = {"q": Weight("D->NH", ATTN + "q_proj.weight")}
 MLA_LATENT_Q: Rows = {
@@ -186,9 +186,9 @@ class MlaBlock(Block):
     def remember(self, k_BTKH, v_BTKH):
         rotated_BS1H, latent_BS1C = super().remember(k_BTKH, v_BTKH)
         both_BSNW = self.linear("BSC,CNW->BSNW", latent_BS1C[:, :, 0], "kv_b")
-        k_BSNH, v_BSNU = jnp.split(both_BSNW, [self.cfg.qk_nope_head_dim], axis=-1)
+        k_BSNH, v_BSNO = jnp.split(both_BSNW, [self.cfg.qk_nope_head_dim], axis=-1)
         rotated_BSNH = jnp.broadcast_to(rotated_BS1H, (*k_BSNH.shape[:3], rotated_BS1H.shape[-1]))
-        return jnp.concatenate([k_BSNH, rotated_BSNH], axis=-1), v_BSNU
+        return jnp.concatenate([k_BSNH, rotated_BSNH], axis=-1), v_BSNO
 
     @property
     def scale(self) -> float:

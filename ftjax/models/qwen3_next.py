@@ -16,7 +16,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ftjax.models.decoder import (
     ATTENTION,
-    FINAL_NORM,
     LAYER,
     MLP,
     MLP_NORM,
@@ -64,7 +63,7 @@ class DeltaConfig(LlamaConfig):
         K, N = self.linear_num_key_heads, self.linear_num_value_heads
         q, v = self.linear_key_head_dim, self.linear_value_head_dim
         widths = dict(Y=K, Z=N, O=v, W=self.linear_conv_kernel_dim, C=2 * K * q + N * v)
-        return super().sizes | widths | dict(P=2 * q + 2 * v * N // K, Q=2 * N // K, U=2)
+        return super().sizes | widths | dict(P=2 * q + 2 * v * N // K, Q=2 * N // K)
 
 
 LINEAR = LAYER + "linear_attn."
