@@ -20,7 +20,7 @@ from ftjax.errors import UserError
 from ftjax.lora import LoraConfig, Plan
 from ftjax.models import Model
 from ftjax.peft_keys import PREFIX
-from ftjax.weights import Table, flatten, module_of, unflatten
+from ftjax.weights import IN_OUT, Table, Weight, flatten, module_of, unflatten
 
 log = logging.getLogger("ftjax")
 WEIGHTS, CONFIG, OWN = "adapter_model.safetensors", "adapter_config.json", "ftjax.json"
@@ -34,7 +34,7 @@ NEUTRAL: Mapping[str, tuple] = {
     "trainable_token_indices": (None, [], {}),
     "layer_replication": (None, []),
     "layers_pattern": (None, [], "", "layers", ["layers"]),
-    "fan_in_fan_out": (False, None),
+    "fan_in_fan_out": (True, False, None),  # PEFT sets it by the modules that it finds
     "use_qalora": (False, None),
     "use_bdlora": (None, False),
     "alora_invocation_tokens": (None, []),
@@ -167,13 +167,18 @@ def _config_fields(config: LoraConfig, plan: Plan, view: keys.View) -> dict[str,
         "use_dora": False,
         "bias": "none",
         "lora_bias": False,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(_in_out(view.base.rows[path]) for path in plan),
         "init_lora_weights": True,
         "modules_to_save": None,
         "exclude_modules": None,
         "trainable_token_indices": None,
         "auto_mapping": None,
     } | chooses
+
+
+def _in_out(row: Weight) -> bool:
+    """Whether the row is a module that keeps its weight [in, out]: PEFT's fan_in_fan_out."""
+    return row.layout is IN_OUT and not row.many
 
 
 def _own_settings(config: LoraConfig, plan: Plan, table: Table) -> dict[str, Any]:

@@ -52,6 +52,8 @@ def _trained(head, frozen_head: bool):
     """The arrays of the head that get a gradient: of a frozen one none, of an adapted one its own."""
     if frozen_head:
         return None
+    if isinstance(head, tuple):  # with a bias
+        return tuple(_trained(x, False) for x in head)
     if isinstance(head, LoraWeight):
         return head.a, head.b, head.m
     return head.rows if isinstance(head, RowsWeight) else head
@@ -59,6 +61,8 @@ def _trained(head, frozen_head: bool):
 
 def _put(head, trained, i=None):
     """The head with `trained` in place; for chunk i, with dropout's key for that chunk."""
+    if isinstance(head, tuple):
+        return tuple(_put(x, None if trained is None else trained[j], i) for j, x in enumerate(head))
     if isinstance(head, RowsWeight):
         return head if trained is None else head.replace(rows=trained)
     if not isinstance(head, LoraWeight):
@@ -72,6 +76,8 @@ def _cotangent(head, d_trained, g=1.0):
     """A custom_vjp's cotangent of the head; None stands for zeros, whatever the leaf's dtype."""
     if d_trained is None:
         return None
+    if isinstance(head, tuple):
+        return tuple(_cotangent(x, d, g) for x, d in zip(head, d_trained, strict=True))
     trained = _trained(head, False)
     d_trained = jax.tree.map(lambda x, w: (x * g).astype(w.dtype), d_trained, trained)
     if isinstance(head, LoraWeight):
