@@ -102,7 +102,7 @@ def make_case(name: str, root: Path) -> Case:
             if key not in saved or "A_log" in key or not p.is_floating_point():
                 continue
             if "norm" in key or "ln_" in key:
-                p.copy_(1 + 0.3 * torch.randn_like(p))
+                p.add_(0.3 * torch.randn_like(p))  # 1, or 0 where the scale is 1 + the weight
             elif p.ndim < 2:
                 p.copy_(0.3 * torch.randn_like(p))
             elif "_proj_bias" in key:
