@@ -113,11 +113,12 @@ class MoeBlock(Block):
 
 
 class SharedMoeBlock(MoeBlock):
-    """Experts, and the MLP for every token; its output is times sigmoid(x · `shared_scale`) where there is
-    one."""
+    """Experts, and the MLP for every token where there is one; its output is times sigmoid(x ·
+    `shared_scale`) where there is that."""
 
     def mlp(self, h_BTD, prefix: str = ""):
-        return super().mlp(h_BTD, prefix) + self.shared_mlp(h_BTD)
+        y_BTD = super().mlp(h_BTD, prefix)
+        return y_BTD + self.shared_mlp(h_BTD) if "shared_down" in self.w else y_BTD
 
     def shared_mlp(self, h_BTD):
         y_BTD = Block.mlp(self, h_BTD, "shared_")

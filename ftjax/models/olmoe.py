@@ -20,10 +20,14 @@ class OlmoeConfig(MoeConfig):
         return super().sizes | dict(E=self.num_experts, M=self.intermediate_size)
 
 
-class OlmoeBlock(MoeBlock, OlmoBlock):
-    def normalise(self, x, name):
+class FlatNormMoeBlock(MoeBlock):
+    def normalise(self, x, name: str):
         flat = x.reshape(*x.shape[:2], -1)  # q's and k's heads as one vector
         return rms_norm(flat, self.w[name].reshape(-1), self.cfg.rms_norm_eps).reshape(x.shape)
+
+
+class OlmoeBlock(FlatNormMoeBlock, OlmoBlock):
+    pass
 
 
 class Olmoe(Decoder):
