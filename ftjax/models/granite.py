@@ -6,12 +6,10 @@ et al. 2022, arXiv:2203.03466). IBM 2024, github.com/ibm-granite/granite-3.0-lan
 import dataclasses
 
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from ftjax.errors import UserError
 from ftjax.models.decoder import ATTENTION, LAYER, MLP_NORM, O_BIAS, QKV_BIAS, Block
 from ftjax.models.llama import COMMON, NO_WINDOW, Llama, LlamaConfig
-from ftjax.ops import shard
 from ftjax.weights import Weight
 
 
@@ -52,30 +50,19 @@ class Granite(Llama):
         return Llama.unembed(cfg, head, hidden) / cfg.logits_scaling
 
 
-class GraniteHybridBlock(GraniteBlock):
-    """The MLP has gate and up in one matrix, gate first."""
-
-    def mlp(self, h_BTD, prefix: str = ""):
-        both_BTUF = self.linear("BTD,DUF->BTUF", h_BTD, "gate_up")
-        gate_BTF, up_BTF = both_BTUF[:, :, 0], both_BTUF[:, :, 1]
-        act_BTF = self.gated(checkpoint_name(gate_BTF, "gate"), checkpoint_name(up_BTF, "up"))
-        return self.linear("BTF,FD->BTD", shard(checkpoint_name(act_BTF, "act"), "BTF"), "down")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GraniteHybridConfig(GraniteConfig):
     shared_intermediate_size: int
 
     @property
     def sizes(self):
-        return super().sizes | dict(F=self.shared_intermediate_size, U=2)
+        return super().sizes | dict(F=self.shared_intermediate_size)
 
 
 class GraniteHybrid(Granite):
     """Granite 4.0 without Mamba layers and without experts (Micro, 1B, 350M)."""
 
     Config = GraniteHybridConfig
-    BLOCKS = {"layers": GraniteHybridBlock}
     # what only experts and Mamba layers read; where both are none, it changes nothing
     UNUSED = (
         "num_experts_per_tok output_router_logits router_aux_loss_coef mamba_n_heads mamba_n_groups "

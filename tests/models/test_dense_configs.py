@@ -1,4 +1,4 @@
-"""The keys that config.json of published dense models has, at small sizes: which are read, and what is refused."""
+"""Keys that config.json of published dense models has, at small sizes: what is read, and what is refused."""
 
 import pytest
 
