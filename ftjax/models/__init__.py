@@ -10,6 +10,7 @@ from ftjax.models.common import KV, Cache, Model, ModelConfig, RunOptions, text_
 
 # model_type -> "file:class" under ftjax/models, imported when asked for
 REGISTRY = {
+    "codegen": "gptj:Codegen",
     "apertus": "apertus:Apertus",
     "arcee": "arcee:Arcee",
     "cohere": "cohere:Cohere",
@@ -31,6 +32,7 @@ REGISTRY = {
     "glm4_moe_lite": "deepseek:Glm4MoeLite",
     "gpt2": "gpt:Gpt2",
     "gpt_neox": "gpt:GptNeox",
+    "gptj": "gptj:Gptj",
     "gpt_oss": "gpt_oss:GptOss",
     "granite": "granite:Granite",
     "granitemoe": "granitemoe:GraniteMoe",

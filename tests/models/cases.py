@@ -101,6 +101,7 @@ GLM = dict(partial_rotary_factor=0.5, attention_bias=False, pad_token_id=0)
 GLM_MOE = GLM | {k: MLA[k] for k in MLA if "expert" in k or "group" in k or "moe" in k}
 # A family's line holds what differs from BASE; None takes a key of BASE away.
 FAMILIES: dict[str, dict] = {
+    "codegen": GPT2 | dict(n_head=8, rotary_dim=4),
     "apertus": dict(rope_scaling=LLAMA3),
     "arcee": dict(hidden_act="relu2", head_dim=None),
     "cohere": COHERE | dict(use_qk_norm=True),
@@ -130,6 +131,7 @@ FAMILIES: dict[str, dict] = {
     "gemma4_unified_text": GEMMA4 | dict(attention_k_eq_v=True, num_global_key_value_heads=1),
     "glm4_moe_lite": MLA | dict(n_group=1, topk_group=1),
     "gpt2": GPT2 | dict(tie_word_embeddings=True),
+    "gptj": GPT2 | dict(rotary_dim=10),
     "gpt_neox": BARE | dict(layer_norm_eps=3e-4, rotary_pct=0.5, rope_theta=None, rotary_emb_base=12345),
     "gpt_oss": dict(
         **dict(num_hidden_layers=4, num_local_experts=5, num_experts_per_tok=2, sliding_window=7),

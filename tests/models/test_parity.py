@@ -101,11 +101,13 @@ def make_case(name: str, root: Path) -> Case:
         for key, p in [*reference.named_parameters(), *reference.named_buffers()]:
             if key not in saved or "A_log" in key or not p.is_floating_point():
                 continue
-            if "norm" in key or "ln_" in key:
+            if "norm" in key or "ln_" in key or "layer_scalar" in key:
                 p.add_(0.3 * torch.randn_like(p))  # 1, or 0 where the scale is 1 + the weight
+                if "gemma4" in name and ("q_norm" in key or "k_norm" in key):
+                    p.mul_(0.3)  # its attention has no scale but theirs
             elif p.ndim < 2:
                 p.copy_(0.3 * torch.randn_like(p))
-            elif "_proj_bias" in key:
+            elif "bias" in key:
                 p.copy_(0.3 * torch.randn_like(p))
             else:
                 p.mul_(4.0)
