@@ -25,8 +25,8 @@ class HunYuan(Llama):
     # in every config.json of the family, of its tokenizer, its classifiers and its multimodal kin
     UNUSED = (
         "add_classification_head attention_head_dim cla_share_factor class_num dense_list eod_token_id "
-        "im_end_id im_newline_id im_start_id mask_init_id norm_type org_vocab_size pool_type text_end_id "
-        "text_start_id attention_dropout"
+        "im_end_id im_newline_id im_start_id mask_init_id norm_type org_vocab_size pad_id pool_type "
+        "text_end_id text_start_id attention_dropout"
     )
     KEYS = {
         **COMMON,
