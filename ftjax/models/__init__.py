@@ -10,9 +10,9 @@ from ftjax.models.common import KV, Cache, Model, ModelConfig, RunOptions, text_
 
 # model_type -> "file:class" under ftjax/models, imported when asked for
 REGISTRY = {
-    "codegen": "gptj:Codegen",
     "apertus": "apertus:Apertus",
     "arcee": "arcee:Arcee",
+    "codegen": "gptj:Codegen",
     "cohere": "cohere:Cohere",
     "cohere2": "cohere:Cohere2",
     "deepseek_v2": "deepseek:DeepseekV2",
