@@ -62,9 +62,15 @@ VERBS = {
     ),
     "export": Verb(
         "write a run's result for other tools",
-        "ftjax export RUN --for peft|hf [--help for its options]",
+        "ftjax export RUN --for peft|vllm|hf|gguf [--help for its options]",
         "Example:\n  ftjax export runs/support --for hf",
         "ftjax.recipes.export",
+    ),
+    "combine": Verb(
+        "make one adapter of several of the same base",
+        "ftjax combine ADAPTER[=WEIGHT] ADAPTER[=WEIGHT]… --output DIR [--help for its options]",
+        "Example:\n  ftjax combine runs/support=0.7 runs/tone=0.3 --method ties --density 0.5 --output both",
+        "ftjax.recipes.combine",
     ),
     "data": Verb(
         "look at examples as the model sees them",
@@ -80,7 +86,8 @@ VERBS = {
         "",
     ),
 }
-OWN_HELP = ("quickstart", "chat", "export", "data")  # their recipes have flags, and print their own --help
+# These have flags, and print their own --help
+OWN_HELP = ("quickstart", "chat", "export", "combine", "data")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
