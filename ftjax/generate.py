@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from ftjax import lora
+from ftjax import adapters, lora
 from ftjax.errors import UserError
 from ftjax.models import Cache, Model
-from ftjax.weights import LoraWeight, NoisyEmbedding, is_leaf
+from ftjax.weights import LoraWeight, NoisyEmbedding, RowsWeight, StackedLora, is_leaf
 
 log = logging.getLogger("ftjax")
 
@@ -357,7 +357,9 @@ class _Row:
 
 
 class Generator:
-    """Answers prompts with one model and one set of weights (plain, or with LoraWeight leaves).
+    """Answers prompts with one model and one set of weights (plain, or with leaf types of weights.py). Over
+    a tree of several adapters (`adapters.stack`), `adapters` says which of them answers each prompt, None for
+    the base alone.
 
     `eos` are the tokens that end an answer: see `end_tokens`. Programs are compiled on first use and shared
     by all generators of the same model, whatever their weights.
@@ -420,6 +422,7 @@ class Generator:
         ids: Sequence[int] | None = None,
         on_text: Callable[[int, str], None] | None = None,
         share_prefix: bool = True,
+        adapters: Sequence[int | None] | None = None,
     ) -> list[Completion]:
         """All prompts as one batch. `on_text(index, piece)` gets text as it comes. `ids` (default 0, 1, …)
         name the rows for their random numbers."""
@@ -428,9 +431,10 @@ class Generator:
             return []
         budgets = self.budget(tokens, options)
         ids = range(len(tokens)) if ids is None else ids
-        prefix, spent = self._prefix(tokens, share_prefix)
+        which = self._which(adapters, len(tokens))
+        prefix, spent = self._prefix(tokens, share_prefix and which is None)
         rows = list(zip(range(len(tokens)), tokens, budgets, ids, strict=True))
-        return self._batch(rows, len(rows), options, prefix, spent, on_text)
+        return self._batch(rows, len(rows), options, prefix, spent, on_text, which)
 
     def generate_many(
         self,
@@ -441,6 +445,7 @@ class Generator:
         ids: Sequence[int] | None = None,
         progress: Callable[[int, int], None] | None = None,
         share_prefix: bool = True,
+        adapters: Sequence[int | None] | None = None,
     ) -> list[Completion]:
         """Any number of prompts, in batches of like length; results in the prompts' order. What all prompts
         begin with is prefilled once. `progress(done, total)` is called after each batch."""
@@ -451,7 +456,8 @@ class Generator:
             return []
         budgets = self.budget(tokens, options)
         ids = range(len(tokens)) if ids is None else ids
-        prefix, spent = self._prefix(tokens, share_prefix)
+        which = self._which(adapters, len(tokens))
+        prefix, spent = self._prefix(tokens, share_prefix and which is None)
         rows = sorted(
             zip(range(len(tokens)), tokens, budgets, ids, strict=True), key=lambda row: (-len(row[1]), row[0])
         )
@@ -460,11 +466,24 @@ class Generator:
         out: dict[int, Completion] = {}
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
-            results = self._batch(part, size, options, prefix, spent if start == 0 else 0.0, None)
+            results = self._batch(part, size, options, prefix, spent if start == 0 else 0.0, None, which)
             out |= {row[0]: result for row, result in zip(part, results, strict=True)}
             if progress is not None:
                 progress(len(out), len(rows))
         return [out[i] for i in range(len(rows))]
+
+    def _which(self, chosen: Sequence[int | None] | None, prompts: int) -> list[int] | None:
+        """The adapter of each prompt, -1 for none; None where the tree has none to choose from."""
+        stacked = adapters.count(self.params)
+        if chosen is None:
+            return None
+        which = [-1 if one is None else one for one in chosen]
+        if len(which) != prompts or any(not -1 <= one < stacked for one in which):
+            right = (
+                f"one of 0…{stacked - 1} or None each" if stacked else "the weights hold none to choose from"
+            )
+            raise UserError(f"generate: adapters={list(chosen)} for {prompts} prompts: {right}")
+        return which
 
     def _call(self, program: _Program, static, *args):
         spent, out = program(static, *args)
@@ -485,7 +504,7 @@ class Generator:
         return prefix, time.perf_counter() - start - (self.compile_s - compiled)
 
     def _batch(
-        self, rows, size: int, options: GenerateOptions, prefix, spent: float, on_text
+        self, rows, size: int, options: GenerateOptions, prefix, spent: float, on_text, which=None
     ) -> list[Completion]:
         """Answers to `rows` of (index, tokens, budget, id); rows that are done at once fill up to `size`."""
         P = 0 if prefix is None else prefix.segments.shape[1]
@@ -505,6 +524,9 @@ class Generator:
                 seen_BV[b, tokens] = True
         eos = np.array(self.eos or (-1,), np.int32)
         static, data = Filters.of(options), numbers(options)
+        params = self.params
+        if which is not None:
+            params = adapters.select(params, [which[r[0]] for r in rows] + [-1] * (size - len(rows)))
 
         compiled, start = self.compile_s, time.perf_counter()
         cache = self._call(self._programs.spread, (size, S), prefix)
@@ -518,9 +540,7 @@ class Generator:
             ids=jnp.asarray(ids),
             seen=None if seen_BV is None else jnp.asarray(seen_BV),
         )
-        state = self._call(
-            self._programs.prefill, static, self.params, state, tokens_BT, positions_BT, eos, data
-        )
+        state = self._call(self._programs.prefill, static, params, state, tokens_BT, positions_BT, eos, data)
         first = np.asarray(state.token)[:, None]
         prefill_s = spent + time.perf_counter() - start - (self.compile_s - compiled)
 
@@ -540,7 +560,7 @@ class Generator:
                 break
             done = np.array([bool(a.finish) for a in answers] + [True] * (size - len(rows)))
             state = state.replace(done=jnp.asarray(done))
-            state, out, made = self._call(self._programs.decode, static, self.params, state, eos, data, steps)
+            state, out, made = self._call(self._programs.decode, static, params, state, eos, data, steps)
             out, made = np.asarray(out), int(made)
         decode_s = time.perf_counter() - start - (self.compile_s - compiled)
         return [
@@ -556,9 +576,11 @@ def prepare(params, dtype=None, *, merge: bool = True):
     def one(w):
         if isinstance(w, NoisyEmbedding):
             return one(w.base)
+        if isinstance(w, StackedLora):
+            return w.replace(base=one(w.base))
         if isinstance(w, LoraWeight) and not merge:
             return w.replace(base=one(w.base), rng=None, dropout=0.0)
-        if isinstance(w, LoraWeight):
+        if isinstance(w, LoraWeight | RowsWeight):
             w = lora.merged(w, w.base.astype(jnp.float32)).astype(dtype or w.base.dtype)
         return w if dtype is None else w.astype(dtype)
 

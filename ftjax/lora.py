@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ftjax import lora_init
 from ftjax.errors import UserError
 from ftjax.ops.linear import output_norm
 from ftjax.weights import LoraWeight, RowsWeight, Table, flatten, is_leaf, module_of, path_key, unflatten
@@ -135,7 +136,8 @@ class Whole:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """A look-up table (`axis` 0) or head (1) of which the rows of these tokens are trained."""
+    """A look-up table (`axis` 0) or head (1) of which the rows of these tokens are trained, in this
+    order."""
 
     indices: tuple[int, ...]
     axis: int = 0
@@ -381,7 +383,7 @@ def _plan_rows(config: LoraConfig, table: Table) -> dict[str, tuple[int, ...]]:
             names = ", ".join(row.module for row in tables.values())
             raise UserError(f"lora.trainable_token_indices: {target!r} matches none of {names}")
         size = table.sizes["V"]
-        indices = tuple(sorted({int(i) for i in indices}))
+        indices = tuple(dict.fromkeys(int(i) for i in indices))
         wrong = [i for i in indices if not 0 <= i < size]
         if wrong or not indices:
             raise UserError(
@@ -444,16 +446,20 @@ def init(key: jax.Array, plan: Plan, table: Table, base: dict | None = None, how
             continue
         a_shape, b_shape = (*lead, *ins, one.rank), (*lead, one.rank, *outs)
         a, b = _draw(path_key(key, path), how, one, table.rows[path].role, a_shape, b_shape)
-        flat[path + "/a"] = a * _live_a(one, len(ins))
-        flat[path + "/b"] = b * _live_b(one, len(outs))
+        w = weights_of.get(path)
+        if one.origin and w is not None:
+            n, size = len(one.ranks), (math.prod(ins), math.prod(outs))
+            scales = jnp.array(one.scales, jnp.float32)
+            a, b = lora_init.from_weight(str(how), w.reshape(n, *size), one.rank, scales, path_key(key, path))
+        a = a.reshape(a_shape) * _live_a(one, len(ins))
+        b = b.reshape(b_shape) * _live_b(one, len(outs))
+        flat[path + "/a"], flat[path + "/b"] = a, b
         if one.origin:
-            flat[path + "/a0"], flat[path + "/b0"] = jnp.zeros(a_shape), jnp.zeros(b_shape)
+            flat[path + "/a0"], flat[path + "/b0"] = jnp.array(a), jnp.array(b)
         if one.dora:
-            w = weights_of.get(path)
             m = jnp.zeros((*lead, *outs), jnp.float32)
-            if w is not None:
-                m = output_norm(w, flat[path + "/a"], flat[path + "/b"], _scale(one))
-                m *= _live_m(one, len(outs))
+            if w is not None:  # where a product is taken off, the two begin equal
+                m = output_norm(w, a, b * 0 if one.origin else b, _scale(one)) * _live_m(one, len(outs))
             flat[path + "/m"] = m
     return unflatten(flat)
 

@@ -340,6 +340,14 @@ class RowsWeight(struct.PyTreeNode):
     axis: int = struct.field(pytree_node=False, default=0)
 
 
+class ObservedWeight(struct.PyTreeNode):
+    """A weight [*lead, *in, *out] whose inputs are looked at: the gradient of `moment` [*lead, I, I] (zeros)
+    is Σ x xᵀ over the rows x that a gradient reaches, whatever that is."""
+
+    base: Any
+    moment: jax.Array
+
+
 class NoisyEmbedding(struct.PyTreeNode):
     """An embedding table whose look-ups get uniform noise: NEFTune, arXiv:2310.05914. Other uses see
     `base`."""
@@ -351,7 +359,7 @@ class NoisyEmbedding(struct.PyTreeNode):
 
 def is_leaf(x) -> bool:
     """For jax.tree.map: stop at this module's leaf types."""
-    return isinstance(x, LoraWeight | StackedLora | RowsWeight | NoisyEmbedding)
+    return isinstance(x, LoraWeight | StackedLora | RowsWeight | ObservedWeight | NoisyEmbedding)
 
 
 def flatten(tree) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""Every kind of adapter against PEFT: values and gradients of tiny models, with PEFT's own tensors put into our
-tree by name."""
+"""Every kind of adapter against PEFT: values and gradients of tiny models, with PEFT's own tensors put into
+our tree by name."""
 
 import dataclasses
 import functools
@@ -85,7 +85,21 @@ def with_peft(case: Case, options: dict, seed=0):
         for _, p in module.named_parameters():
             if p.requires_grad:
                 p.add_(0.1 * torch.randn_like(p))
+        here = dict(module.named_parameters())
+        for head, embed in TIES.items():  # PEFT makes two parameters of what begins as one
+            if head in here and embed in here and options.get("ensure_weight_tying"):
+                here[head].copy_(here[embed].T)
     return module
+
+
+TIES = {
+    "base_model.model.lm_head.lora_A.default.weight": (
+        "base_model.model.model.embed_tokens.lora_embedding_B.default"
+    ),
+    "base_model.model.lm_head.lora_B.default.weight": (
+        "base_model.model.model.embed_tokens.lora_embedding_A.default"
+    ),
+}
 
 
 def tree_of(tensors: dict, plan: lora.Plan, table: weights.Table) -> dict:
@@ -155,23 +169,28 @@ def ours_loss(case, plan):
 
 
 ATTENTION = ("q_proj", "o_proj", "down_proj")
+HEAD_TOKENS = {"embed_tokens": [3, 90], "lm_head": [90, 4, 5]}
+TIED = dict(target_modules=ATTENTION, ensure_weight_tying=True)
+Q_UP = dict(target_modules=("q_proj", "up_proj"))
+EVERY = dict(target_modules="all-linear")
+DORA = dict(target_modules=ATTENTION, use_dora=True)
 KINDS = {
     "dora": ("untied", dict(target_modules=(*ATTENTION, "lm_head"), use_dora=True)),
-    "dora-layer": ("untied", dict(target_modules=ATTENTION, use_dora=True, layers_to_transform=(1,))),
-    "dora-patterns": ("untied", dict(target_modules=ATTENTION, use_dora=True, rank_pattern={"layers.1.self_attn.q_proj": 6})),
+    "dora-layer": ("untied", DORA | dict(layers_to_transform=(1,))),
+    "dora-patterns": ("untied", DORA | dict(rank_pattern={"layers.1.self_attn.q_proj": 6})),
     "dora-embedding": ("untied", dict(target_modules=("embed_tokens", "k_proj"), use_dora=True)),
     "embedding": ("untied", dict(target_modules=("embed_tokens", "lm_head", "up_proj"))),
     "embedding-tied": ("tied", dict(target_modules=("embed_tokens", "up_proj"), ensure_weight_tying=True)),
     "saved": ("untied", dict(target_modules=ATTENTION, modules_to_save=("embed_tokens", "lm_head", "norm"))),
-    "saved-tied": ("tied", dict(target_modules=ATTENTION, modules_to_save=("embed_tokens",), ensure_weight_tying=True)),
-    "saved-beats-target": ("untied", dict(target_modules="all-linear", modules_to_save=("up_proj",))),
+    "saved-tied": ("tied", TIED | dict(modules_to_save=("embed_tokens",))),
+    "saved-beats-target": ("untied", EVERY | dict(modules_to_save=("up_proj",))),
     "tokens": ("untied", dict(target_modules=ATTENTION, trainable_token_indices=(3, 90, 17))),
-    "tokens-head": ("untied", dict(target_modules=ATTENTION, trainable_token_indices={"embed_tokens": [3, 90], "lm_head": [90, 4, 5]})),
+    "tokens-head": ("untied", dict(target_modules=ATTENTION, trainable_token_indices=HEAD_TOKENS)),
     "tokens-tied": ("tied", dict(target_modules=ATTENTION, trainable_token_indices=(3, 90, 17))),
-    "bias": ("untied", dict(target_modules=("q_proj", "up_proj"), bias="all")),
-    "bias-lora": ("untied", dict(target_modules=("q_proj", "up_proj"), bias="lora_only", layers_to_transform=(0,))),
-    "exclude": ("untied", dict(target_modules="all-linear", exclude_modules=("o_proj", "layers.1.mlp.up_proj"))),
-    "exclude-regex": ("untied", dict(target_modules="all-linear", exclude_modules=r".*layers\.0\..*")),
+    "bias": ("untied", Q_UP | dict(bias="all")),
+    "bias-lora": ("untied", Q_UP | dict(bias="lora_only", layers_to_transform=(0,))),
+    "exclude": ("untied", EVERY | dict(exclude_modules=("o_proj", "layers.1.mlp.up_proj"))),
+    "exclude-regex": ("untied", EVERY | dict(exclude_modules=r".*layers\.0\..*")),
 }  # fmt: skip
 
 
@@ -182,17 +201,15 @@ def compare(case, module, plan):
     loss, logits = torch_loss(module, case.tokens)
     loss.backward()
     # of a stacked weight that is trained in one layer only, the others' gradient must be zero
-    theirs = tree_of(
-        {
-            k: np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy()
-            for k, p in module.named_parameters()
-        },
-        plan,
-        table,
-    )
-    assert sum(p.numel() for p in module.parameters() if p.requires_grad) == sum(
-        np.count_nonzero(x) >= 0 and live_size(plan, path, x) for path, x in weights.flatten(tree).items()
-    )
+    grads = {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in module.named_parameters()}
+    count = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    if lora.tied(table):
+        for head, embed in TIES.items():
+            if head in grads:
+                grads[embed] = grads[embed] + grads[head].T
+                count -= grads[head].numel()
+    theirs = tree_of({k: g.numpy() for k, g in grads.items()}, plan, table)
+    assert count == sum(live_size(plan, path, x) for path, x in weights.flatten(tree).items())
     with jax.numpy_dtype_promotion("strict"):
         (_, ours), grads = ours_loss(case, plan)(tree, case.params, case.tokens)
     plain = case.model.logits(case.params, case.tokens)

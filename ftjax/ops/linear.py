@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from ftjax.weights import LoraWeight, NoisyEmbedding, RowsWeight, StackedLora
+from ftjax.weights import LoraWeight, NoisyEmbedding, ObservedWeight, RowsWeight, StackedLora
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
@@ -49,6 +50,8 @@ def einsum(eqn: str, x, w, dtype=None) -> Any:
         return _rows_product(eqn, x, w, dtype)
     if isinstance(w, StackedLora):
         return _stacked_product(eqn, x, w, dtype)
+    if isinstance(w, ObservedWeight):
+        return einsum(eqn, _observe(eqn, x, w.moment), w.base, dtype)
     if not isinstance(w, LoraWeight):
         return product(eqn, x, w, dtype)
     x_axes, ins, outs, y_axes, forward = _sides(eqn, w.a.ndim - 1)
@@ -123,6 +126,28 @@ def output_gain(w: LoraWeight):
     return jnp.where(jnp.isinf(w.m), 1.0, gain)
 
 
+def _observe(eqn: str, x, moment):
+    x_axes, w_axes = eqn.split("->")[0].split(",")
+    ins = [x_axes.index(c) for c in w_axes if c in x_axes]
+    order = [i for i in range(x.ndim) if i not in ins] + ins
+    seen = observed(x.transpose(order).reshape(-1, moment.shape[-1]), moment)
+    return seen.reshape([x.shape[i] for i in order]).transpose(np.argsort(order))
+
+
+@jax.custom_vjp
+def observed(x_MI, moment_II):
+    """x; the gradient of `moment` is Σ x xᵀ over the rows whose own gradient is not zero."""
+    return x_MI
+
+
+def _observed_bwd(x_MI, g_MI):
+    x_MI = jnp.where(jnp.any(g_MI != 0, axis=-1, keepdims=True), x_MI, 0).astype(jnp.float32)
+    return g_MI, jnp.einsum("MI,MJ->IJ", x_MI, x_MI, precision="highest")
+
+
+observed.defvjp(lambda x_MI, moment_II: (x_MI, x_MI), _observed_bwd)
+
+
 def _rows_product(eqn: str, x, w: RowsWeight, dtype):
     """A head of which some outputs are trained: theirs take the place of the base's."""
     (x_axes, w_axes), y_axes = eqn.split("->")[0].split(","), eqn.split("->")[1]
@@ -170,7 +195,7 @@ def dropout(x, w: LoraWeight):
 def lookup(w, ids, dtype):
     """Rows of a table [V, D] of any leaf type as [*ids, D]. Of a LoraWeight a row is
     base[id] + scale · a[id] b, without dropout, as in PEFT."""
-    if isinstance(w, NoisyEmbedding):
+    if isinstance(w, NoisyEmbedding | ObservedWeight):
         return lookup(w.base, ids, dtype)
     if isinstance(w, RowsWeight):
         rows = jnp.arange(w.rows.shape[0], dtype=jnp.int32)

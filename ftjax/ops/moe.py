@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax.ops.linear import dropout, output_gain
-from ftjax.weights import LoraWeight
+from ftjax.weights import LoraWeight, ObservedWeight
 
 
 def experts(x_XD, chosen_XC, weight_XC, fn: Callable, count: int, weigh_input: bool = False):
@@ -71,6 +71,10 @@ def grouped(rows, w, group_sizes, dtype=None) -> Any:
     backward products too; result in `dtype` or rows'. `w` may be a LoraWeight with a [E, *in, R],
     b [E, R, *out], scale [E] or a scalar, and m [E, *out] or None: a·b is never formed.
     """
+    if isinstance(w, ObservedWeight):
+        flat = rows.reshape(rows.shape[0], -1)
+        rows = _observed(flat, w.moment, group_sizes).reshape(rows.shape)
+        return grouped(rows, w.base, group_sizes, dtype)
     if not isinstance(w, LoraWeight):
         return _grouped(rows, w, group_sizes, dtype)
     branch = dropout(rows, w)
@@ -127,6 +131,22 @@ _grouped.defvjp(
     lambda rows, w, group_sizes, dtype: (_grouped(rows, w, group_sizes, dtype), (rows, w, group_sizes)),
     _grouped_bwd,
 )
+
+
+@jax.custom_vjp
+def _observed(rows_MI, moment_EII, group_sizes):
+    """ops.linear.observed for each expert."""
+    return rows_MI
+
+
+def _observed_bwd(residuals, g_MI):
+    rows_MI, group_sizes = residuals
+    rows_MI = jnp.where(jnp.any(g_MI != 0, axis=-1, keepdims=True), rows_MI, 0).astype(jnp.float32)
+    moment = jax.lax.ragged_dot_general(rows_MI, rows_MI, group_sizes, _BY_EXPERT, precision="highest")
+    return g_MI, moment, None
+
+
+_observed.defvjp(lambda rows, moment, sizes: (rows, (rows, sizes)), _observed_bwd)
 
 
 def expert_bias(b_EF, group_sizes, rows: int):
