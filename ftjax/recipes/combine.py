@@ -14,8 +14,8 @@ def main(argv: list[str]) -> int:
         prog="ftjax combine",
         description="Make one adapter of several of the same base, each times its weight.",
         epilog="linear: the factors are added; cat: the updates are, at the sum of the ranks; svd: the "
-        "updates are, and cut to a rank. ties and dare trim them first (arXiv:2306.01708, arXiv:2311.03099). As "
-        "PEFT's add_weighted_adapter computes it.",
+        "updates are, and cut to a rank. ties and dare trim them first (arXiv:2306.01708, arXiv:2311.03099). "
+        "As PEFT's add_weighted_adapter computes it.",
     )
     parser.add_argument(
         "adapters", nargs="+", metavar="ADAPTER[=WEIGHT]", help="a run, or an adapter's folder; weight 1"
