@@ -37,6 +37,7 @@ REGISTRY = {
     "granite": "granite:Granite",
     "granitemoe": "granitemoe:GraniteMoe",
     "granitemoehybrid": "granite:GraniteHybrid",
+    "granitemoeshared": "granitemoe:GraniteMoeShared",
     "hunyuan_v1_dense": "hunyuan:HunYuan",
     "hunyuan_v1_moe": "hunyuan_moe:HunYuanMoe",
     "internlm3": "internlm3:InternLM3",

@@ -1,11 +1,11 @@
 """Granite 3's mixtures of experts (1B-A400M, 3B-A800M) and PowerMoE (Shen et al. 2024, arXiv:2408.13359):
-Granite with experts in every layer."""
+Granite with experts in every layer, and with an MLP for every token beside them."""
 
 import dataclasses
 
 from ftjax.models.decoder import ATTENTION, LAYER, MLP_NORM, O_BIAS, QKV_BIAS
 from ftjax.models.granite import Granite, GraniteBlock, GraniteConfig
-from ftjax.models.moe import MoeBlock, MoeConfig
+from ftjax.models.moe import MoeBlock, MoeConfig, SharedMoeBlock
 from ftjax.weights import Weight
 
 
@@ -42,3 +42,30 @@ class GraniteMoe(Granite):
             "experts_down": Weight("E:M->D", sparse + "output_linear.weight", torch=experts + "down_proj"),
         }
         return rows | QKV_BIAS | O_BIAS if cfg.attention_bias else rows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GraniteMoeSharedConfig(GraniteMoeConfig):
+    shared_intermediate_size: int
+
+    @property
+    def sizes(self):
+        return super().sizes | dict(I=self.shared_intermediate_size)
+
+
+class GraniteMoeSharedBlock(GraniteBlock, SharedMoeBlock):
+    pass
+
+
+class GraniteMoeShared(GraniteMoe):
+    Config = GraniteMoeSharedConfig
+    BLOCKS = {"layers": GraniteMoeSharedBlock}
+
+    @classmethod
+    def block_rows(cls, cfg, kind):
+        if not cfg.shared_intermediate_size:
+            return super().block_rows(cfg, kind)
+        return super().block_rows(cfg, kind) | {
+            "shared_gate_up": Weight("D->UI", LAYER + "shared_mlp.input_linear.weight"),
+            "shared_down": Weight("I->D", LAYER + "shared_mlp.output_linear.weight"),
+        }

@@ -147,6 +147,10 @@ FAMILIES: dict[str, dict] = {
         **dict(intermediate_size=64, shared_intermediate_size=80, num_local_experts=0, mamba_n_heads=4),
         **dict(layer_types=["attention"] * 3, position_embedding_type="rope"),
     ),
+    "granitemoeshared": dict(
+        **dict(num_local_experts=5, num_experts_per_tok=2, head_dim=None, shared_intermediate_size=36),
+        **dict(residual_multiplier=0.7, attention_multiplier=0.2, logits_scaling=1.7, intermediate_size=24),
+    ),
     "hunyuan_v1_dense": dict(rope_scaling=dict(rope_type="dynamic", alpha=50.0, factor=1.0)),
     "hunyuan_v1_moe": dict(num_experts=5, moe_topk=2, intermediate_size=24, tie_word_embeddings=True),
     "internlm3": dict(attention_bias=True, mlp_bias=True, rope_scaling=dict(rope_type="dynamic", factor=3.0)),
