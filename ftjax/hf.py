@@ -67,6 +67,7 @@ HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges
 HOST = ("cpu",)  # platforms whose arrays lie in host memory
 BLOCK = 512  # columns of a transposing copy at a time: a cache line of each fits the first cache
 BAND = 1 << 23  # bytes of a transposed matrix that are made and written at a time
+HEADS = {"lm_head.weight", "embed_out.weight"}  # which a tied model may have beside its embedding
 THREADS = min(4, os.cpu_count() or 1)  # each may hold one tensor's float32 copy, so few
 
 
@@ -427,14 +428,13 @@ def check_names(source: Source, table: Table) -> None:
     if missing:
         raise UserError(f"{source.source}: {len(missing)} tensors missing from the weights: {few(missing)}")
     extra = [n for n in source.names() if n not in wanted and not re.fullmatch(table.others, n)]
-    if "lm_head.weight" in extra and "lm_head" not in table.rows:
+    for twin in HEADS & set(extra) if "lm_head" not in table.rows else ():
         embed = table.names("embed")[0]
-        if not np.array_equal(source.get("lm_head.weight"), source.get(embed)):
+        if not np.array_equal(source.get(twin), source.get(embed)):
             raise UserError(
-                f"{source.source}: config.json says tie_word_embeddings=true, yet lm_head.weight differs "
-                f"from {embed}"
+                f"{source.source}: config.json says tie_word_embeddings=true, yet {twin} differs from {embed}"
             )
-        extra.remove("lm_head.weight")
+        extra.remove(twin)
     if extra:
         raise UserError(
             f"{source.source}: {len(extra)} tensors in the weights that a "
@@ -724,11 +724,12 @@ def save_model(
     entries = {stored: (shapes[name], dtype or source.dtype(name)) for stored, name in own.items()}
     # what is no part of the decoder goes out as it came in, but for a tied head's copy of the embedding
     carried = [n for n in source.names() if re.fullmatch(model.table.others, n) and n not in shapes]
-    entries |= {n: (source.shape(n), source.dtype(n)) for n in [*source.others(), *carried]}
+    carried = {source.stored_name(n): n for n in carried} | {n: n for n in source.others()}
+    entries |= {stored: (source.shape(n), source.dtype(n)) for stored, n in carried.items()}
 
     def tensor(name: str) -> np.ndarray:
-        if name not in own:
-            return source.get(name)
+        if name in carried:
+            return source.get(carried[name])
         base, x = tuned(own[name])
         out = x.astype(entries[name][1], copy=False)
         if not _finite(x):
@@ -893,10 +894,10 @@ def write_safetensors(
     def pieces() -> Iterator[np.ndarray]:
         bands = [np.empty(0, np.uint8)] * 2  # while one is written the other is filled
         for name in order:
-            x = tensor(name)
+            x = np.asarray(tensor(name))
             assert x.shape == entries[name][0] and x.dtype == entries[name][1], name
-            if x.flags.c_contiguous:
-                yield x.reshape(-1).view(np.uint8)
+            if x.ndim < 2 or x.flags.c_contiguous:
+                yield np.ascontiguousarray(x).reshape(-1).view(np.uint8)
                 continue
             x = x.reshape(-1, *x.shape[-2:])  # matrices: a view, but for layouts that no family has
             rows = max(1, BAND // (x.shape[2] * x.itemsize))

@@ -276,10 +276,7 @@ FILES = {
 }
 
 
-CARRIED = pytest.mark.xfail(reason="buffers of renamed weights go out under the table's names", strict=False)
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=CARRIED if n == "gpt2" else ()) for n in FILES])
+@pytest.mark.parametrize("name", FILES)
 def test_names(name, tmp_path_factory, tmp_path):
     """Loads, computes the same, and goes out under the names, and with the buffers, that it came with."""
     case = make_case(name.partition("-")[0], tmp_path_factory.getbasetemp())
