@@ -50,15 +50,7 @@ class GemmaBlock(Block):
         return gelu_tanh_times(gate, up)
 
 
-class SandwichBlock(GemmaBlock):
-    """Norms before and after attention, before and after the MLP."""
-
-    def __call__(self, x_BTD):
-        x_BTD += self.norm(self.attention(self.norm(x_BTD, "attn_norm")), "attn_post_norm")
-        return x_BTD + self.norm(self.mlp(self.norm(x_BTD, "mlp_norm")), "mlp_post_norm")
-
-
-class Gemma2Block(SandwichBlock):
+class Gemma2Block(GemmaBlock):
     @property
     def scale(self):
         return self.cfg.query_pre_attn_scalar**-0.5
