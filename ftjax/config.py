@@ -148,6 +148,11 @@ NO_EFFECT: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         "warmup_steps is given, and decides",
     ),
     (("optim.lora_plus_ratio",), lambda c: c.lora is None, "lora is null: every weight is tuned"),
+    (
+        ("train.freeze",),
+        lambda c: c.lora is not None,
+        "lora trains nothing of the base; lora.exclude_modules leaves weights without factors",
+    ),
     (("train.epochs",), lambda c: c.train.max_steps is not None, "train.max_steps is given, and decides"),
     (
         ("data.buckets",),

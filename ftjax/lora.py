@@ -180,6 +180,15 @@ def plan(config: LoraConfig, table: Table, trainable: Sequence[str] = ()) -> Pla
     return chosen
 
 
+def plan_run(
+    config: LoraConfig | None, table: Table, trainable: Sequence[str] = (), freeze: Sequence[str] = ()
+) -> Plan | None:
+    """What a run trains, by its settings lora, train.trainable and train.freeze; None for every weight."""
+    if config is not None:
+        return plan(config, table, trainable)
+    return plan_whole(table, trainable, freeze) if trainable or freeze else None
+
+
 def plan_whole(table: Table, trainable: Sequence[str] = (), freeze: Sequence[str] = ()) -> Plan:
     """Full tuning of a part: the weights whose path in the checkpoint, less ".weight", has a match of one of
     the regexes `trainable` (all where none is given) and of none of `freeze`. UserError where a regex matches
@@ -369,7 +378,7 @@ def _plan_rows(config: LoraConfig, table: Table) -> dict[str, tuple[int, ...]]:
     tables = {
         path: row
         for path, row in table.rows.items()
-        if (row.role == "lookup" and row.ins == "V") or row.role == "head"
+        if (row.role == "lookup" and row.ins + row.outs == "VD") or row.role == "head"
     }
     first = next(path for path, row in tables.items() if row.role == "lookup")
     if not isinstance(given, Mapping):

@@ -4,6 +4,7 @@ known here."""
 import contextlib
 import dataclasses
 import logging
+import re
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -47,6 +48,13 @@ class TrainOptions:
     """Positions of each row at which the head is applied at a time."""
     neftune_alpha: float = 0.0
     """Width of NEFTune's embedding noise; 5 is usual, 0 is off."""
+    trainable: tuple[str, ...] = ()
+    """Regexes on weights' paths ("norm", "bias$", "layers.[01].mlp"): with lora, what is trained whole beside
+    the factors; without, the only weights that are trained. A path is the name in the checkpoint less
+    ".weight"."""
+    freeze: tuple[str, ...] = ()
+    """Without lora: regexes on the paths of weights that are not trained ("embed_tokens",
+    "layers.[0-7].")."""
     router_aux_loss_coef: float | None = None
     """Weight of the loss that spreads tokens over a mixture's experts; where not given, config.json's if the
     router is trained, else 0. It is taken over each microbatch."""
@@ -63,6 +71,12 @@ class TrainOptions:
         for name in ("router_aux_loss_coef", "router_z_loss_coef"):
             if not (getattr(self, name) or 0) >= 0:
                 raise UserError(f"train.{name}={getattr(self, name)}: 0 (off) or more")
+        for name in ("trainable", "freeze"):
+            for pattern in getattr(self, name):
+                try:
+                    re.compile(pattern)
+                except re.error as e:
+                    raise UserError(f"train.{name}: {pattern!r} is not a regular expression: {e}") from None
         if not self.neftune_alpha >= 0:
             raise UserError(f"train.neftune_alpha={self.neftune_alpha}: 0 (off) or more")
         if self.batch_size % self.microbatches:

@@ -193,7 +193,7 @@ def dropout(x, w: LoraWeight):
 
 
 def lookup(w, ids, dtype):
-    """Rows of a table [V, D] of any leaf type as [*ids, D]. Of a LoraWeight a row is
+    """Rows of a table [V, *out] of any leaf type as [*ids, *out]. Of a LoraWeight a row is
     base[id] + scale · a[id] b, without dropout, as in PEFT."""
     if isinstance(w, NoisyEmbedding | ObservedWeight):
         return lookup(w.base, ids, dtype)
@@ -202,19 +202,22 @@ def lookup(w, ids, dtype):
         slot = jnp.full(w.base.shape[0], -1, jnp.int32).at[w.indices].set(rows)[ids]
         trained = w.rows[jnp.maximum(slot, 0)].astype(dtype)
         return jnp.where(slot[..., None] >= 0, trained, lookup(w.base, ids, dtype))
-    axes = string.ascii_lowercase[: ids.ndim]
+    axes, letters = string.ascii_lowercase[: ids.ndim], "DEFGH"
     if isinstance(w, LoraWeight):
         h = (w.a[ids] * w.scale).astype(dtype)
-        delta: Any = product(f"{axes}R,RD->{axes}D", h, w.b, jnp.float32)
+        outs = letters[: w.b.ndim - 1]
+        delta: Any = product(f"{axes}R,R{outs}->{axes}{outs}", h, w.b, jnp.float32)
         y = lookup(w.base, ids, jnp.float32) + delta
         return (y if w.m is None else y * output_gain(w)).astype(dtype)
     if isinstance(w, StackedLora):
         which = w.which.reshape(-1, *(1,) * (ids.ndim - 1))
         h = w.a[jnp.maximum(which, 0), ids].astype(dtype)
-        delta: Any = product(f"{axes}R,{axes[0]}RD->{axes}D", h, _chosen(w.b, w.which), jnp.float32)
+        outs = letters[: w.b.ndim - 2]
+        b = _chosen(w.b, w.which)
+        delta: Any = product(f"{axes}R,{axes[0]}R{outs}->{axes}{outs}", h, b, jnp.float32)
         y = lookup(w.base, ids, jnp.float32) + delta
         if w.gain is not None:
-            y = y * _along(_chosen(w.gain, w.which, 1.0), axes[0] + "D", axes + "D")
+            y = y * _along(_chosen(w.gain, w.which, 1.0), axes[0] + outs, axes + outs)
         return y.astype(dtype)
     return w[ids].astype(dtype)
 

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import itertools
 import pathlib
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftjax import checkpoint, config, hf, lora, mesh, models, optim, peft, report, train, weights
+from ftjax import checkpoint, config, hf, lora, lora_init, mesh, models, optim, peft, report, train, weights
 from ftjax.data import dataset
 from ftjax.data.loader import Loader
 from ftjax.data.stream import StreamLoader
@@ -80,11 +81,15 @@ def start(
 
     with mesh.use(devices):
         # 3. the frozen tree and the trainable one
-        plan = lora.plan(cfg.lora, model.table) if cfg.lora else None
-        base_dtype = dtype if plan else jnp.float32  # full fine-tuning keeps float32, computes in dtype
+        plan = lora.plan_run(cfg.lora, model.table, cfg.train.trainable, cfg.train.freeze)
+        if cfg.lora and cfg.lora.init_lora_weights == "loftq":
+            raise UserError("lora.init_lora_weights=loftq: for a quantised base, and this one is not")
+        base_dtype = dtype if cfg.lora else jnp.float32  # full fine-tuning keeps float32, computes in dtype
         shardings = weights.shardings(model.table, mesh.WEIGHT_RULES, devices)
         base = hf.load_params(source, model, dtype=base_dtype, shardings=shardings)
         trainable, frozen, params_of = split(cfg, model, plan, base, devices, keep_reference=preference)
+        if cfg.lora and cfg.lora.init_lora_weights == "eva":
+            trainable = by_data(model, base, trainable, plan, data, devices)
         del base
         routers = [path for path, row in model.table.rows.items() if row.role == "router"]
         trained = {path for key in weights.flatten(trainable) for path in (key, key.rpartition("/")[0])}
@@ -92,7 +97,7 @@ def start(
             cfg,
             model,
             params_of,
-            frozen_head=plan is not None and model.head_path not in plan,
+            frozen_head=plan is not None and not {model.head_path, "lm_head_bias"} & set(plan),
             router=RouterLoss.of(
                 model,
                 cfg.train.router_aux_loss_coef,
@@ -203,7 +208,8 @@ def start(
     if isinstance(data, StreamLoader):
         for line in (line for one in data.reports for line in summary(one)):
             reporter.event(last, line)
-    save_result(run.path, cfg, source, model, plan, tuned, scores)
+    params = tuned if plan is None or cfg.lora else params_of(state.trainable, frozen, None)
+    save_result(run.path, cfg, source, model, plan, tuned, scores, params)
     reporter.finish(
         {"steps": last, "kept_step": int(state.step), "scores": scores, **dataclasses.asdict(progress)}
     )
@@ -281,13 +287,22 @@ def data_sources(setting) -> list[str]:
 
 
 def save_result(
-    run: pathlib.Path, cfg, source, model: Model, plan: lora.Plan | None, trainable, scores: dict[str, float]
+    run: pathlib.Path,
+    cfg,
+    source,
+    model: Model,
+    plan: lora.Plan | None,
+    trainable,
+    scores: dict[str, float],
+    params=None,
 ) -> None:
-    """RUN/adapter in PEFT's format, or in full fine-tuning RUN/model in Hugging Face's."""
+    """RUN/adapter in PEFT's format, or in full fine-tuning RUN/model in Hugging Face's; of a part of the
+    weights `params` is the whole tree."""
     template = cfg.data.chat_template
     text = pathlib.Path(template).read_text() if template and template != "none" else None
-    readme = card.of_run(run, source.source, "peft" if plan else "transformers", scores)
-    if plan:
+    readme = card.of_run(run, source.source, "peft" if cfg.lora else "transformers", scores)
+    if cfg.lora:
+        assert plan is not None
         peft.save(
             run / "adapter",
             plan,
@@ -303,17 +318,19 @@ def save_result(
         hf.save_model(
             run / "model",
             model,
-            trainable,
+            trainable if plan is None else None,
             source,
+            plan=plan,
+            adapters=trainable if plan else None,
             chat_template=text,
             card=readme,
-            check=hf.probe(model, trainable),
+            check=hf.probe(model, trainable if params is None else params),
             overwrite=True,
         )
 
 
 def split(cfg, model: Model, plan: lora.Plan | None, base, devices, keep_reference: bool):
-    """(trainable, frozen, params_of): LoRA factors beside the base, or in full fine-tuning every weight.
+    """(trainable, frozen, params_of): what `plan` trains beside the base, or every weight.
 
     `params_of(trainable, frozen, rng)` is the parameter tree of a forward pass; `rng` turns on training's
     noise."""
@@ -329,12 +346,40 @@ def split(cfg, model: Model, plan: lora.Plan | None, base, devices, keep_referen
         frozen = jax.tree.map(lambda x: x.astype(cfg.train.dtype).copy(), base) if keep_reference else {}
         return base, frozen, lambda trainable, frozen, rng: noisy(trainable, rng)
 
-    make = functools.partial(lora.init, plan=plan, table=model.table)
+    how = cfg.lora.init_lora_weights if cfg.lora else True
+    dropout = cfg.lora.lora_dropout if cfg.lora else 0.0
+    make = functools.partial(lora.init, plan=plan, table=model.table, how=how)
     shardings = mesh.adapter_shardings(devices, plan, model.table)
-    adapters = jax.jit(make, out_shardings=shardings)(weights.path_key(jax.random.key(cfg.seed), "lora"))
+    adapters = jax.jit(make, out_shardings=shardings)(
+        weights.path_key(jax.random.key(cfg.seed), "lora"), base=base
+    )
+    if not cfg.lora:  # the frozen part of full tuning is kept in the precision of the products
+        whole = set() if keep_reference else {p for p, one in plan.items() if one == lora.Whole()}
+        flat = {p: x for p, x in weights.flatten(base).items() if p not in whole}
+        matrix = {p: bool(model.table.rows[p].ins) for p in flat}
+        base = weights.unflatten({p: x.astype(cfg.train.dtype) if matrix[p] else x for p, x in flat.items()})
 
     def params_of(trainable, frozen, rng):
-        attached = lora.attach(frozen, trainable, plan, rng=rng, dropout=cfg.lora.lora_dropout)
+        attached = lora.attach(frozen, trainable, plan, rng=rng, dropout=dropout)
         return noisy(attached, rng)
 
     return adapters, base, params_of
+
+
+EVA_BATCHES = 16  # its directions hardly change after a few thousand tokens
+
+
+def by_data(model: Model, base, trainable, plan, data, devices):
+    """The factors as EVA begins them, from the first batches of the training data."""
+
+    def microbatches():
+        for batch in itertools.islice(data.batches(0), EVA_BATCHES):
+            sharding = mesh.batch_sharding(devices)
+            whole = {
+                k: jax.make_array_from_process_local_data(sharding, batch[k])
+                for k in ("tokens", "positions", "segments")
+            }
+            yield from ({k: x[i] for k, x in whole.items()} for i in range(whole["tokens"].shape[0]))
+
+    out = lora_init.eva(model, base, trainable, plan, model.table, microbatches())
+    return jax.device_put(out, jax.tree.map(lambda x: x.sharding, trainable))
