@@ -17,21 +17,18 @@ import numpy as np
 from ftjax import hf, lora
 from ftjax import peft_keys as keys
 from ftjax.errors import UserError
-from ftjax.lora import LoraConfig, Plan
+from ftjax.lora import Adapted, LoraConfig, Plan, Rows, Whole
 from ftjax.models import Model
-from ftjax.peft_keys import PREFIX
+from ftjax.peft_keys import PREFIX, Inexpressible
 from ftjax.weights import IN_OUT, Table, Weight, flatten, module_of, unflatten
 
 log = logging.getLogger("ftjax")
 WEIGHTS, CONFIG, OWN = "adapter_model.safetensors", "adapter_config.json", "ftjax.json"
+OWN_TYPE = "FTJAX"  # in place of PEFT's "LORA", of adapters that PEFT cannot say
 # Fields of adapter_config.json that change what the adapter computes and are not implemented, with their
 # neutral values. Initialisations that alter the base (PiSSA and the like) fit no published base afterwards.
 NEUTRAL: Mapping[str, tuple] = {
-    "use_dora": (False, None),
-    "bias": ("none", None),
     "lora_bias": (False, None),
-    "modules_to_save": (None, []),
-    "trainable_token_indices": (None, [], {}),
     "layer_replication": (None, []),
     "layers_pattern": (None, [], "", "layers", ["layers"]),
     "fan_in_fan_out": (True, False, None),  # PEFT sets it by the modules that it finds
@@ -47,10 +44,6 @@ NEUTRAL: Mapping[str, tuple] = {
 
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's max_lora_rank can be
-
-
-class Inexpressible(UserError):
-    """The adapter has what the loader it is for does not take: a merged export has it all."""
 
 
 def save(
@@ -71,28 +64,36 @@ def save(
 
     With layout "peft", experts that transformers fuses go out as `target_parameters`. With "vllm", for
     loaders that read neither patterns nor use_rslora, every module has the checkpoint's name, each expert its
-    own tensors, scales are folded into B, and all have one rank that vLLM allows.
+    own tensors, scales are folded into B, and all have one rank that vLLM allows. "ftjax" says all that can
+    be tuned, by the checkpoint's names, and is read by nothing but `load`.
 
     `base_name` (where the source is, unless given: for a GGUF file name the exported base) becomes
     base_model_name_or_path; the source and its fingerprint are kept in ftjax.json beside. The folder is
     re-opened and compared before it takes its name. Inexpressible where the layout cannot say what was
     tuned; UserError where a factor is not finite, or as `hf.writing`.
     """
+    config, plan, adapters = lora.plain(config, plan, adapters)
     factors = {path: np.asarray(x, np.float32) for path, x in flatten(adapters).items()}
     for path, x in factors.items():
         if not np.isfinite(x).all():
             raise UserError(f"the adapter of {path} has values that are not finite: it was not saved")
     base = hf.describe(source)
     own: dict[str, Any] = {"base": base}
+    view = keys.view(table, source.torch_name, stored=layout != "peft")
     if layout == "vllm":
         config, plan, factors = _uniform(config, plan, factors)
     else:
-        own["lora"] = dataclasses.asdict(config)
-    view = keys.view(table, source.torch_name, stored=layout == "vllm")
+        own |= {"lora": dataclasses.asdict(config), "whole": _whole_names(plan, table)}
     fused = keys.fused_plan(view, plan)
-    tensors = keys.encode(view, fused, keys.fuse(view, plan, fused, factors))
+    tree = keys.fuse(view, plan, fused, factors)
+    tensors = keys.encode(view, fused, tree)
+    if layout == "ftjax":
+        fields = {"peft_type": OWN_TYPE}
+    else:
+        fields = _config_fields(config, fused, view)
+        tensors |= _rest(fused, view, source, set(tensors))
     assert tensors and all(x.size for x in tensors.values())
-    fields = _config_fields(config, plan, view) | {
+    fields |= {
         "base_model_name_or_path": base_name or base["source"],
         "revision": None if base_name else source.revision,
     }
@@ -107,19 +108,56 @@ def save(
             (tmp / "README.md").write_text(card, encoding="utf-8")
         _, plan_again, again = read(tmp, table)
         assert plan_again == plan, "the adapter's config does not say what was trained"
-        for path, x in flatten(again).items():
-            assert np.allclose(x, factors[path], rtol=1e-6, atol=0), path  # a scale folded in and out rounds
+        again = keys.fuse(view, plan, fused, flatten(again))
+        again = keys.encode(view, fused, again)
+        for name, x in again.items():  # a scale folded in and out rounds
+            assert np.allclose(x, tensors[name], rtol=1e-6, atol=0), name
     return Path(folder)
+
+
+def _whole_names(plan: Plan, table: Table) -> list[str]:
+    """The checkpoint's names of what is trained whole."""
+    out = []
+    for path, one in plan.items():
+        if isinstance(one, Whole):
+            names = table.names(path)
+            live: Any = np.reshape(one.live or [True] * len(names), (len(names), -1)).any(-1)
+            out += [name for name, yes in zip(names, live, strict=True) if yes]
+    return out
+
+
+def _rest(plan: Plan, view: keys.View, source: hf.Source, written: set[str]) -> dict[str, np.ndarray]:
+    """What PEFT saves with a module that is trained in part: its other tensor, as the base has it."""
+    _, may = keys.expected(view, plan)
+    whole = {key for row in keys.whole_keys(view, plan).values() for key in row if key is not None}
+    saved = {key.rpartition(".")[0] for key in whole if ".base_layer." not in key}
+    out = {}
+    for path, parts in view.parts.items():
+        stored = [view.base.names(part) for part in parts]
+        for i, name in enumerate(view.table.names(path)):
+            key = PREFIX + name
+            if key in may and key not in written and key.rpartition(".")[0] in saved and len(parts) == 1:
+                out[key] = source.get(stored[0][i]).astype(np.float32)
+    return out
 
 
 def _uniform(config: LoraConfig, plan: Plan, factors):
     """The same adapter with its scales in B and one rank."""
-    largest = max(adapted.rank for adapted in plan.values())
+    refused = {
+        "DoRA": any(isinstance(one, Adapted) and one.dora for one in plan.values()),
+        "weights trained whole": any(isinstance(one, Whole) for one in plan.values()),
+        "trained token rows": any(isinstance(one, Rows) for one in plan.values()),
+    }
+    for what, found in refused.items():
+        if found:
+            raise Inexpressible(f"vLLM's loader of adapters does not take {what}: a merged export does")
+    largest = max(one.rank for one in plan.values() if isinstance(one, Adapted))
     if largest > VLLM_RANKS[-1]:
         raise Inexpressible(f"rank {largest}: vLLM takes at most {VLLM_RANKS[-1]}; a merged export takes any")
     rank = min(r for r in VLLM_RANKS if r >= largest)
     flat, out = {}, {}
-    for path, adapted in plan.items():
+    for path, one in plan.items():
+        adapted: Any = one
         a, b = factors[path + "/a"], factors[path + "/b"]
         scale = np.array(adapted.scales, np.float32)
         axis = len(adapted.lead)
@@ -142,15 +180,27 @@ def to_peft(plan: Plan, factors, table: Table) -> dict[str, np.ndarray]:
     return keys.encode(view, fused, keys.fuse(view, plan, fused, factors))
 
 
-def _config_fields(config: LoraConfig, plan: Plan, view: keys.View) -> dict[str, Any]:
-    """adapter_config.json. Where PEFT's names are ours, the user's own settings are kept."""
-    fused = keys.fused_plan(view, plan)
+def _config_fields(config: LoraConfig, fused: Plan, view: keys.View) -> dict[str, Any]:
+    """adapter_config.json for a plan of the view's rows. Where PEFT's names are ours, the user's own settings
+    are kept. Inexpressible where PEFT has no setting for what is trained."""
     chosen = keys.adapted_names(view, fused)
-    same = not view.fused and set(chosen) == set(_modules(plan, view.base))
-    if same and not any(x.parameter for x in chosen.values()):
-        chooses = _own_settings(config, plan, view.base)
+    same = not (view.fused or view.nested or any(x.parameter for x in chosen.values()))
+    if not chosen:
+        raise Inexpressible("PEFT wants factors on one module at least: a merged export (--for hf) does not")
+    if same and set(chosen) == set(_modules(fused, view.base)):
+        chooses = _own_settings(config, fused, view.base)
     else:
         chooses = keys.settings(view, fused, config.r, config.lora_alpha, config.use_rslora)
+    if chooses["target_parameters"] and any(isinstance(x, Adapted) and x.dora for x in fused.values()):
+        raise Inexpressible(
+            f"PEFT has no DoRA for parameters ({', '.join(chooses['target_parameters'])}): a merged export "
+            "(--for hf) has it, and target_modules without them can be exported"
+        )
+    tie = any(view.table.rows[path].role == "lookup" for path in fused) and lora.tied(view.table)
+    if tie and any(
+        isinstance(x, Adapted) and x.dora and view.table.rows[p].role == "lookup" for p, x in fused.items()
+    ):
+        raise Inexpressible("PEFT's DoRA of a tied embedding and head has two norms: merge it (--for hf)")
     # PEFT has no dropout for parameters, and refuses a config that asks for it
     dropout = 0.0 if chooses["target_parameters"] else config.lora_dropout
     return {
@@ -164,16 +214,47 @@ def _config_fields(config: LoraConfig, plan: Plan, view: keys.View) -> dict[str,
         "lora_dropout": dropout,
         "layers_pattern": None,
         "use_rslora": config.use_rslora,
-        "use_dora": False,
-        "bias": "none",
+        "use_dora": config.use_dora,
+        "bias": config.bias,
         "lora_bias": False,
-        "fan_in_fan_out": any(_in_out(view.base.rows[path]) for path in plan),
+        "fan_in_fan_out": any(_in_out(view.base.rows[path]) for path in fused),
         "init_lora_weights": True,
-        "modules_to_save": None,
-        "exclude_modules": None,
-        "trainable_token_indices": None,
+        "modules_to_save": _saved_modules(config, fused, view),
+        "trainable_token_indices": {
+            module_of(view.table.names(path)[0]): list(one.indices)
+            for path, one in fused.items()
+            if isinstance(one, Rows)
+        }
+        or None,
+        "ensure_weight_tying": tie,
         "auto_mapping": None,
     } | chooses
+
+
+def _saved_modules(config: LoraConfig, plan: Plan, view: keys.View) -> list[str] | None:
+    """Full paths of the modules that PEFT has to save whole."""
+    out = set()
+    wrapped = {key for row in view.keys(plan).values() for key in row if key is not None}
+    whole = {
+        name: key
+        for path, row in keys.whole_keys(view, plan).items()
+        for key, name in zip(row, view.table.names(path), strict=True)
+        if key is not None
+    }
+    every = [name for path in view.parts for name in view.table.names(path)]
+    for name, key in whole.items():
+        inside = ".base_layer." in key and config.bias == "lora_only"
+        if inside or (config.bias == "all" and name.endswith("bias")):
+            continue
+        module, _, last = name.rpartition(".")
+        plain = last in ("weight", "bias") and PREFIX + module not in wrapped
+        if not plain and not all(x in whole for x in every if x.startswith(module + ".")):
+            raise Inexpressible(
+                f"PEFT saves modules, and {name} is part of one that is not trained whole: a merged export "
+                "(--for hf) has it"
+            )
+        out.add(module)
+    return sorted(out) or None
 
 
 def _in_out(row: Weight) -> bool:
@@ -187,8 +268,11 @@ def _own_settings(config: LoraConfig, plan: Plan, table: Table) -> dict[str, Any
     layers = config.layers_to_transform
     layers = list(layers) if isinstance(layers, tuple | list) else layers
     targets: Any = config.target_modules
-    if targets == "all-linear":
-        targets = sorted({table.rows[path].module.rpartition(".")[2] for path in plan})
+    excluded = config.exclude_modules
+    if excluded:  # where it shuts out what is trained in another way, PEFT has not to know
+        targets, layers, excluded = _modules(plan, table), None, None
+    elif targets == "all-linear":
+        targets = sorted({m.rpartition(".")[2] for m in _modules(plan, table)})
     elif isinstance(targets, str) and layers is not None:
         targets, layers = _modules(plan, table), None
     elif not isinstance(targets, str):
@@ -196,6 +280,7 @@ def _own_settings(config: LoraConfig, plan: Plan, table: Table) -> dict[str, Any
     return {
         "target_modules": targets,
         "target_parameters": None,
+        "exclude_modules": list(excluded) if isinstance(excluded, tuple) else excluded,
         "layers_to_transform": layers,
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": dict(config.alpha_pattern),
@@ -206,20 +291,40 @@ def _modules(plan: Plan, table: Table) -> list[str]:
     """Full paths of the adapted modules, by the checkpoint's names."""
     out = []
     for path, adapted in plan.items():
+        if not isinstance(adapted, Adapted):
+            continue
         names = table.names(path)
         ranks = np.reshape(adapted.ranks, (len(names), -1)).max(-1)
         out += [module_of(name) for name, rank in zip(names, ranks, strict=True) if rank]
     return out
 
 
-def load(folder: str | os.PathLike, model: Model) -> tuple[LoraConfig, Plan, dict]:
+def load(
+    folder: str | os.PathLike, model: Model, source: hf.Source | None = None
+) -> tuple[LoraConfig, Plan, dict]:
     """An adapter in PEFT's format as (config, plan, adapters tree of float32 arrays), for this model.
 
-    UserError where it is not a plain LoRA adapter, its tensors are not those that its config promises, or
-    their shapes are another model's.
+    UserError where it is no LoRA adapter, its tensors are not those that its config promises, their shapes
+    are another model's, or it was trained on other weights than those of `source`.
     """
+    if source is not None:
+        _check_base(Path(folder).expanduser(), source)
     config, plan, factors = read(folder, model.table)
     return config, plan, jax.tree.map(jax.numpy.asarray, factors)
+
+
+def _check_base(folder: Path, source: hf.Source) -> None:
+    if not (folder / OWN).is_file():
+        return
+    base = hf.read_json(folder / OWN).get("base") or {}
+    mine: set[str | None] = {source.fingerprint()}
+    if (source.path / OWN).is_file():  # the weights of a GGUF file, dequantised
+        mine.add((hf.read_json(source.path / OWN).get("base") or {}).get("fingerprint"))
+    if base.get("fingerprint") and base["fingerprint"] not in mine:
+        raise UserError(
+            f"{folder}: trained on {base.get('source')} (fingerprint {base['fingerprint'][:12]}), not on "
+            f"{source.source} (fingerprint {source.fingerprint()[:12]}): an adapter fits its own base only"
+        )
 
 
 def read(folder: str | os.PathLike, table: Table) -> tuple[LoraConfig, Plan, dict]:
@@ -228,17 +333,20 @@ def read(folder: str | os.PathLike, table: Table) -> tuple[LoraConfig, Plan, dic
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: no {CONFIG}: not an adapter in PEFT's format")
     raw = hf.read_json(folder / CONFIG)
-    given = _read_config(folder / CONFIG, raw)
+    mine = raw.get("peft_type") == OWN_TYPE
+    given = LoraConfig() if mine else _read_config(folder / CONFIG, raw)
     file = _open_weights(folder)
     view = _find_view(file, table)
     own = _own_config(folder, raw, view)
+    if mine and own is None:
+        raise UserError(f"{folder / OWN} does not say how the adapter was made")
     if own is not None:
         config, plan = own
         fused = keys.fused_plan(view, plan)
         flat = _read_weights(folder / WEIGHTS, file, fused, view)
         ours = keys.unfuse(view, plan, fused, flat)
         again = keys.fuse(view, plan, fused, ours)
-        if all(np.allclose(again[path], x, rtol=1e-5, atol=0) for path, x in flat.items()):
+        if mine or all(np.allclose(again[path], x, rtol=1e-5, atol=0) for path, x in flat.items()):
             return config, plan, unflatten(ours)
     try:
         config = _known_names(given, raw, view)
@@ -265,9 +373,12 @@ def _config_of(config: LoraConfig, plan: Plan, table: Table) -> LoraConfig:
     """`config` with settings by our names that come to `plan`."""
     view = keys.view(table, stored=True)
     found = keys.settings(view, plan, config.r, config.lora_alpha, config.use_rslora)
+    whole = [n for n in _whole_names(plan, table) if config.bias == "none" or not n.endswith("bias")]
     return dataclasses.replace(
         config,
+        modules_to_save=tuple(sorted({name.rpartition(".")[0] for name in whole})) or None,
         target_modules=tuple(found["target_modules"]),
+        exclude_modules=None,
         layers_to_transform=None,
         rank_pattern=found["rank_pattern"],
         alpha_pattern=found["alpha_pattern"],
@@ -280,7 +391,10 @@ NESTINGS = (("", ""), ("model.", "model.language_model."), ("", "language_model.
 
 def _find_view(file: hf.SafetensorsFile, table: Table) -> keys.View:
     """The names, of those that the model's modules may have, that fit the most tensors of the file."""
-    found = {re.sub(r"(\.base_layer)*\.lora_.*", "", key.removeprefix(PREFIX)) for key in file.entries}
+    found = {
+        re.sub(r"(\.base_layer)*\.(lora_|token_adapter).*", "", key.removeprefix(PREFIX))
+        for key in file.entries
+    }
     best, most = keys.view(table), -1
     for stored in (False, True):
         for old, new in NESTINGS:
@@ -296,7 +410,8 @@ def _nested(name: str, old: str, new: str) -> str:
 
 
 CHOOSES = ("r", "lora_alpha", "use_rslora", "target_modules", "target_parameters", "layers_to_transform")
-CHOOSES += ("rank_pattern", "alpha_pattern", "exclude_modules")
+CHOOSES += ("rank_pattern", "alpha_pattern", "exclude_modules", "use_dora", "bias", "modules_to_save")
+CHOOSES += ("trainable_token_indices", "ensure_weight_tying")
 
 
 def _own_config(folder: Path, raw: dict, view: keys.View) -> tuple[LoraConfig, Plan] | None:
@@ -304,11 +419,16 @@ def _own_config(folder: Path, raw: dict, view: keys.View) -> tuple[LoraConfig, P
     if not (folder / OWN).is_file():
         return None
     try:
-        own = hf.read_json(folder / OWN)["lora"]
-        own = {key: tuple(x) if isinstance(x, list) else x for key, x in own.items()}
-        config = LoraConfig(**own)
-        plan = lora.plan(config, view.base)
-        fields = _config_fields(config, plan, view)
+        own = hf.read_json(folder / OWN)
+        values: dict[str, Any] = {
+            key: tuple(x) if isinstance(x, list) else x for key, x in own["lora"].items()
+        }
+        config = LoraConfig(**values)
+        chosen = [f"^{re.escape(module_of(name))}$" for name in own.get("whole", ())]
+        plan = lora.plan(config, view.base, chosen)
+        if raw["peft_type"] == OWN_TYPE:
+            return config, plan
+        fields = _config_fields(config, keys.fused_plan(view, plan), view)
     except (UserError, KeyError, TypeError, AttributeError):
         return None
     return (config, plan) if all(raw.get(x) == fields[x] for x in CHOOSES) else None
@@ -325,8 +445,15 @@ def _read_config(path: Path, raw: dict) -> LoraConfig:
     if not targets and not raw.get("target_parameters"):
         raise UserError(f"{path}: target_modules={targets!r}: names of modules, or a regex, were expected")
     layers = tuple(layers) if isinstance(layers, list) else layers
+    tokens, excluded = raw.get("trainable_token_indices"), raw.get("exclude_modules")
     try:
         return LoraConfig(
+            use_dora=bool(raw.get("use_dora")),
+            bias=raw.get("bias") or "none",
+            modules_to_save=tuple(raw.get("modules_to_save") or ()) or None,
+            trainable_token_indices=tuple(tokens) if isinstance(tokens, list) else tokens or None,
+            exclude_modules=tuple(excluded) if isinstance(excluded, list) else excluded,
+            ensure_weight_tying=bool(raw.get("ensure_weight_tying")),
             r=int(raw.get("r", 8)),
             lora_alpha=raw.get("lora_alpha", 8),
             lora_dropout=float(raw.get("lora_dropout") or 0.0),
@@ -345,16 +472,28 @@ def _known_names(config: LoraConfig, raw: dict, view: keys.View) -> LoraConfig:
     table = view.table
     names = {True: [], False: []}
     for path in view.parts:
-        if table.rows[path].role != "lookup":
+        if table.rows[path].ins:
             names[view.is_parameter(path)] += map(module_of, table.names(path))
-    modules = names[True] + names[False]
+    modules = names[True] + names[False] + [view.head]
     targets = config.target_modules
     parameters = tuple(module_of(name) for name in raw.get("target_parameters") or ())
+    bare = {
+        name
+        for path in view.matrices
+        if not view.stored
+        for name in table.names(path)
+        if table.together(path) or not name.endswith(".weight")
+    }
+    bare = set(map(module_of, bare))
+    if any(lora._target(targets, m, "") for m in bare):  # PEFT's target_modules are modules, not parameters
+        targets = tuple(m for m in modules if m not in bare and lora._target(targets, m, ""))
     if isinstance(targets, str):
         if parameters:
             targets = tuple(m for m in names[False] if re.fullmatch(targets, m))
     else:
         targets = _known("target_modules", targets, modules, _ends_with) or targets
+        used = {lora._target(targets, module, "") for module in modules}
+        targets = tuple(t for t in targets if t in used) or targets  # less what another already names
     if parameters:
         chosen = [m for m in names[True] if any(_ends_with(x, m) for x in parameters)]
         if config.layers_to_transform is None:
@@ -365,9 +504,11 @@ def _known_names(config: LoraConfig, raw: dict, view: keys.View) -> LoraConfig:
             targets = (*_modules(plain, table), *chosen)
             config = dataclasses.replace(config, layers_to_transform=None)
     config = dataclasses.replace(config, target_modules=targets)
-    if raw.get("exclude_modules"):
-        left = _without(raw["exclude_modules"], config, modules, table)
-        config = dataclasses.replace(config, target_modules=left, layers_to_transform=None)
+    if config.modules_to_save:
+        paths = [n for path in view.parts for n in table.names(path)] + [view.head + ".weight"]
+        around = sorted({n.rsplit(".", i)[0] for n in paths for i in range(1, n.count(".") + 1)})
+        saved = _known("modules_to_save", config.modules_to_save, around, lambda x, m: m.endswith(x))
+        config = dataclasses.replace(config, modules_to_save=saved or None)
     patterns = {}
     for key in ("rank_pattern", "alpha_pattern"):
         found = {re.sub(r"\\?\.weight$", "", p): x for p, x in getattr(config, key).items()}
@@ -392,14 +533,6 @@ def _known(field: str, given: tuple[str, ...], modules: list[str], match) -> tup
     return known
 
 
-def _without(exclude, config: LoraConfig, modules: list[str], table: Table) -> tuple[str, ...]:
-    """The modules that `config` chooses less those that exclude_modules names, as full paths."""
-    plan = lora.plan(dataclasses.replace(config, rank_pattern={}, alpha_pattern={}), table)
-    if isinstance(exclude, str):
-        return tuple(m for m in _modules(plan, table) if not re.fullmatch(exclude, m))
-    return tuple(m for m in _modules(plan, table) if not any(_ends_with(x, m) for x in exclude))
-
-
 def _open_weights(folder: Path) -> hf.SafetensorsFile:
     path = folder / WEIGHTS
     if not path.is_file():
@@ -411,9 +544,8 @@ def _open_weights(folder: Path) -> hf.SafetensorsFile:
 
 def _read_weights(path: Path, file: hf.SafetensorsFile, plan: Plan, view: keys.View) -> dict[str, np.ndarray]:
     """Factors of the view's rows. UserError where the file has others than `plan` asks for."""
-    modules = [key for row in view.keys(plan).values() for key in row if key is not None]
-    wanted = {f"{key}.lora_{x}.weight" for key in modules for x in "AB"}
-    missing, extra = sorted(wanted - set(file.entries)), sorted(set(file.entries) - wanted)
+    wanted, allowed = keys.expected(view, plan)
+    missing, extra = sorted(wanted - set(file.entries)), sorted(set(file.entries) - wanted - allowed)
     if missing:
         raise UserError(f"{path}: missing {len(missing)} tensors that {CONFIG} promises: {hf.few(missing)}")
     if extra:

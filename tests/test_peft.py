@@ -147,11 +147,15 @@ BROKEN = {
     ),
     "rank": (lambda f: edit(f, r=5), r"lora_A.weight has shape \[4, .*another base model or rank"),
     "kind": (lambda f: edit(f, peft_type="IA3"), "peft_type='IA3' is not supported; supported: LORA"),
-    "dora": (lambda f: edit(f, use_dora=True), "use_dora=True is not supported"),
-    "bias": (lambda f: edit(f, bias="all"), "bias='all' is not supported; supported: 'none'"),
+    "dora": (lambda f: edit(f, use_dora=True), r"missing 21 tensors .*down_proj.lora_magnitude_vector"),
+    "lora bias": (lambda f: edit(f, lora_bias=True), "lora_bias=True is not supported; supported: False"),
     "saved modules": (
+        lambda f: edit(f, modules_to_save=["norm"]),
+        r"missing 7 tensors .*layers.0.input_layernorm.weight",
+    ),
+    "parted": (
         lambda f: edit(f, modules_to_save=["lm_head"]),
-        r"modules_to_save=\['lm_head'\] is not supported",
+        "ensure_weight_tying=false: .* are one weight",
     ),
     "pissa": (lambda f: edit(f, init_lora_weights="pissa"), "init_lora_weights='pissa' is not supported"),
     "targets": (
