@@ -66,6 +66,12 @@ VERBS = {
         "Example:\n  ftjax export runs/support --for hf",
         "ftjax.recipes.export",
     ),
+    "add-tokens": Verb(
+        "write a base model with more tokens, to be tuned",
+        "ftjax add-tokens MODEL TOKEN… --output DIR [--help for its options]",
+        "Example:\n  ftjax add-tokens Qwen/Qwen3-0.6B '<call>' '</call>' --special --output qwen3-calls",
+        "ftjax.recipes.add_tokens",
+    ),
     "combine": Verb(
         "make one adapter of several of the same base",
         "ftjax combine ADAPTER[=WEIGHT] ADAPTER[=WEIGHT]… --output DIR [--help for its options]",
@@ -87,7 +93,7 @@ VERBS = {
     ),
 }
 # These have flags, and print their own --help
-OWN_HELP = ("quickstart", "chat", "export", "combine", "data")
+OWN_HELP = ("quickstart", "chat", "export", "add-tokens", "combine", "data")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -420,8 +420,9 @@ def load_tokenizer(source: Source, *, need_chat_template: bool = False):
     return tokenizer
 
 
-def check_names(source: Source, table: Table) -> None:
-    """UserError where the checkpoint's tensors are not those of the table, by name, shape or dtype."""
+def check_names(source: Source, table: Table, shapes: bool = True) -> None:
+    """UserError where the checkpoint's tensors are not those of the table, by name, dtype or, if `shapes`,
+    shape."""
     wanted = {name: path for path in table.rows for name in table.names(path)}
     have = set(source.names())
     missing = [n for n in wanted if n not in have]
@@ -446,7 +447,7 @@ def check_names(source: Source, table: Table) -> None:
             raise UserError(
                 f"{source.source}: {name} is {source.dtype(name)}: quantised weights are not supported"
             )
-        if source.shape(name) != hf_shape(table, path):
+        if shapes and source.shape(name) != hf_shape(table, path):
             raise UserError(
                 f"{source.source}: {name} has shape {list(source.shape(name))}, config.json makes it "
                 f"{list(hf_shape(table, path))}"
@@ -700,6 +701,8 @@ def save_model(
     card: str | None = None,
     check: Probe | None = None,
     overwrite: bool = False,
+    config: Mapping[str, Any] | None = None,
+    tokenizer: Mapping[str, bytes] | None = None,
 ) -> Saved:
     """Write a Hugging Face folder of `params`, or of the base with `adapters` (of `plan`) merged in if given.
 
@@ -708,10 +711,12 @@ def save_model(
     gets the source's config.json with no key changed that need not be, its generation config (with
     `stop_ids` added to the end-of-sequence ids), its tokenizer files byte for byte (but for
     `chat_template`, where given), and `card` as README.md. It is written beside and renamed into place,
-    then re-opened; given `check`, its logits are compared. UserError where the folder exists (unless
+    then re-opened; given `check`, its logits are compared. Where `params` are of another shape than the
+    source's (a larger vocabulary), `config` says what changes in config.json and `tokenizer` {file: content}
+    takes the place of the source's tokenizer files. UserError where the folder exists (unless
     `overwrite`), the disk is full, or the logits are further off than MAX_DRIFT.
     """
-    check_names(source, model.table)
+    check_names(source, model.table, shapes=config is None)
     dtype = None if dtype is None else np.dtype(dtype)
     if dtype is None and source.kind == "gguf":
         dtype = np.dtype(ml_dtypes.bfloat16)
@@ -741,9 +746,12 @@ def save_model(
     size = sum(math.prod(shape) * kind.itemsize for shape, kind in entries.values())
     with writing(folder, size, overwrite) as tmp:
         _write_shards(tmp, entries, tensor, max_shard_bytes)
-        _write_config(tmp, source, dtype)
+        _write_config(tmp, source, dtype, config or {})
         _write_generation_config(tmp, source, stop_ids)
-        source.write_tokenizer(tmp)
+        if tokenizer is None:
+            source.write_tokenizer(tmp)
+        for name, content in (tokenizer or {}).items():
+            (tmp / name).write_bytes(content)
         if chat_template is not None:
             write_chat_template(tmp, chat_template)
         if card is not None:
@@ -925,14 +933,18 @@ def write_json(path: Path, value) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_config(folder: Path, source: Source, dtype: np.dtype | None) -> None:
+def _write_config(folder: Path, source: Source, dtype: np.dtype | None, changes: Mapping[str, Any]) -> None:
     key = "dtype" if "dtype" in source.config else "torch_dtype"
+    new: dict[str, Any] = source.config | ({key: dtype.name} if dtype is not None else {})
+    if "text_config" in new:
+        new["text_config"] = dict(new["text_config"]) | dict(changes)
+    else:
+        new |= changes
     raw = source.path / "config.json"
-    same = raw.is_file() and read_json(raw) == source.config  # not where the source was quantised
-    if same and (dtype is None or source.config.get(key) == dtype.name):
+    if raw.is_file() and read_json(raw) == new:
         shutil.copyfile(raw, folder / "config.json")
-        return
-    write_json(folder / "config.json", source.config | ({key: dtype.name} if dtype is not None else {}))
+    else:
+        write_json(folder / "config.json", new)
 
 
 def _write_generation_config(folder: Path, source: Source, stop_ids: Iterable[int]) -> None:

@@ -64,7 +64,6 @@ VECTOR = Layout(  # a norm's scale or a bias: flat in the checkpoint
 DEPTHWISE = Layout(  # torch.nn.Conv1d with a filter a channel: [channels, 1, width]; axes "CX"
     "depthwise", _load_plain, lambda x, lead, ins, outs: x.reshape(*lead, outs[0], 1, outs[1])
 )
-SCALAR = Layout("scalar", _load_plain, lambda x, lead, ins, outs: x.reshape(1))  # axes "": one number
 
 
 @dataclasses.dataclass(frozen=True)

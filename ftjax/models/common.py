@@ -24,7 +24,8 @@ IGNORED = frozenset(
     "_commit_hash cache_implementation keys_to_ignore_at_inference chunk_size_feed_forward "
     "is_encoder_decoder "
     "output_attentions output_hidden_states unsloth_fixed unsloth_version rope_scaling rope_theta "
-    "rope_parameters max_position_embeddings head_dim quantization_config custom_pipelines".split()
+    "rope_parameters max_position_embeddings head_dim quantization_config custom_pipelines "
+    "_model_name_or_path".split()
 )
 # Keys that would change the computation and are not implemented: allowed only at values that are neutral.
 NEUTRAL: Mapping[str, tuple] = {
