@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ftjax import hf, lora, models, weights
+from ftjax.ops import grouped, linear
 
 torch = pytest.importorskip(
     "torch", reason="adapters are checked against torch models, and torch is not installed"
@@ -269,3 +270,69 @@ def test_training_starts_at_the_base(name, root):
     assert {k: len(v) for k, v in letters.items()} == {k: x.ndim for k, x in weights.flatten(tree).items()}
     plain = case.model.logits(case.params, case.tokens)
     close(case.model.logits(lora.attach(case.params, tree, plan), case.tokens), plain)
+
+
+def test_dora_with_dropout_is_pefts():
+    """One layer in training mode, PEFT given the mask we drew: values and gradients; on an expert too."""
+
+    class One(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q = torch.nn.Linear(12, 9, bias=False)
+
+        def forward(self, x):
+            return self.q(x)
+
+    torch.manual_seed(0)
+    options = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q"], use_dora=True, lora_dropout=0.4)
+    module = peft.get_peft_model(One(), options)
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.requires_grad:
+                p.add_(0.2 * torch.randn_like(p))
+    p = {k: v.detach().numpy() for k, v in module.named_parameters()}
+    key = "base_model.model.q."
+    a, b = (jnp.asarray(p[f"{key}lora_{x}.default.weight"].T) for x in "AB")
+    m = jnp.asarray(p[key + "lora_magnitude_vector.default.weight"])
+    w = jnp.asarray(p[key + "base_layer.weight"].T)
+    rng, scale = jax.random.key(3), jnp.float32(1.5)
+    x = np.random.default_rng(0).normal(size=(5, 12)).astype(np.float32)
+    mask = np.asarray(linear.dropout(jnp.ones((5, 12)), weights.LoraWeight(w, a, b, scale, rng, 0.4)))
+    assert 0.2 < (mask == 0).mean() < 0.6
+
+    class Masked(torch.nn.Module):
+        def forward(self, x):
+            return x * torch.tensor(mask)
+
+    layer = module.base_model.model.q
+    layer.lora_dropout["default"] = Masked()
+    module.train()
+    inputs = torch.tensor(x, requires_grad=True)
+    y = module(inputs)
+    (y**2).sum().backward()
+
+    def ours(x, a, b, m):
+        out = linear.einsum("BD,DF->BF", x, weights.LoraWeight(w, a, b, scale, rng, 0.4, m))
+        return jnp.sum(out**2), out
+
+    (_, found), grads = jax.value_and_grad(ours, (0, 1, 2, 3), has_aux=True)(jnp.asarray(x), a, b, m)
+    close(found, y.detach().numpy())
+    theirs = [inputs.grad, layer.lora_A["default"].weight.grad.T, layer.lora_B["default"].weight.grad.T]
+    for one, other in zip(grads, [*theirs, layer.lora_magnitude_vector["default"].weight.grad], strict=True):
+        close(one, other.numpy(), 1e-5)
+    expert = weights.LoraWeight(w[None], a[None], b[None], scale[None], rng, 0.4, m[None])
+    close(grouped(jnp.asarray(x), expert, jnp.array([5], jnp.int32)), found)
+
+
+def test_the_norm_is_that_of_the_formed_weight_in_bfloat16_too():
+    keys = jax.random.split(jax.random.key(0), 3)
+    w = jax.random.normal(keys[0], (2, 3, 8, 4, 5), jnp.float32).astype(jnp.bfloat16)
+    a, b = jax.random.normal(keys[1], (2, 3, 8, 6)), jax.random.normal(keys[2], (2, 3, 6, 4, 5))
+    scale = jnp.arange(6.0).reshape(2, 3)
+    formed = w.astype(jnp.float32) + lora.delta(a, b, scale)
+    found = linear.output_norm(w, a, b, scale)
+    np.testing.assert_allclose(found, jnp.linalg.norm(formed, axis=2), rtol=1e-5)
+    # a b of one layer and expert has 8·4·5 entries; no product of factors is that large
+    text = str(jax.make_jaxpr(linear.output_norm)(w, a, b, scale))
+    outputs = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(outputs) == 3 and not any("f32[2,3,8,4,5]" in line.split("=")[0] for line in outputs)
