@@ -115,6 +115,16 @@ def save(
     return Path(folder)
 
 
+def save_run(folder: str | os.PathLike, *args, **options) -> Path:
+    """`save` as PEFT writes it where PEFT can say what was tuned, else in our own layout with a warning, so
+    that no run ends without its adapter."""
+    try:
+        return save(folder, *args, **options)
+    except Inexpressible as e:
+        log.warning("%s: kept in ftjax's own format, which PEFT does not read: %s", folder, e)
+        return save(folder, *args, **options, layout="ftjax")
+
+
 def _whole_names(plan: Plan, table: Table) -> list[str]:
     """The checkpoint's names of what is trained whole."""
     out = []

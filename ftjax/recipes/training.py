@@ -303,7 +303,7 @@ def save_result(
     readme = card.of_run(run, source.source, "peft" if cfg.lora else "transformers", scores)
     if cfg.lora:
         assert plan is not None
-        peft.save(
+        peft.save_run(
             run / "adapter",
             plan,
             trainable,

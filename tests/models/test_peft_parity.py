@@ -204,7 +204,7 @@ CANNOT = {
 
 
 @pytest.mark.parametrize("name", CANNOT)
-def test_what_peft_cannot_say(name, tmp_path_factory, tmp_path):
+def test_what_peft_cannot_say(name, tmp_path_factory, tmp_path, caplog):
     family, settings, whole, message = CANNOT[name]
     case = make_case(family, tmp_path_factory.getbasetemp())
     config = lora.LoraConfig(**dict(r=4, lora_alpha=7) | settings)
@@ -215,7 +215,8 @@ def test_what_peft_cannot_say(name, tmp_path_factory, tmp_path):
         peft.save(tmp_path / "a", *args)
     assert "merge" in str(said.value) and not (tmp_path / "a").exists()
     # our own layout holds it all, and PEFT does not take it for one of its own
-    peft.save(tmp_path / "b", *args, layout="ftjax")
+    peft.save_run(tmp_path / "b", *args)
+    assert "which PEFT does not read" in caplog.text
     config_again, plan_again, back = peft.load(tmp_path / "b", case.model, case.source)
     assert (config_again, plan_again) == (config, plan)
     jax.tree.map(np.testing.assert_array_equal, back, adapters)
