@@ -202,7 +202,28 @@ class HfFolder:
         renamed = models.table_names(self.config, self._tensors.names())
         self._names = {new: old for old, new in renamed.items() if new is not None}
         self._others = [old for old, new in renamed.items() if new is None]
+        self._pieces = self._apart()
         self._digest: str | None = None
+
+    def _apart(self) -> dict[str, tuple[str, int, int, int]]:
+        """Where a family keeps its experts in a tensor each, but these files keep all in one: the names of
+        the experts' tensors -> (stored tensor, expert, i, n), the i-th of n parts of its outputs."""
+        config = models.text_config(self.config)
+        if config.get("model_type") not in models.SPLITS_EXPERTS:
+            return {}
+        out = {}
+        for name, stored in list(self._names.items()):
+            found = re.fullmatch(r"(.+\.experts)\.(gate_up_proj|down_proj)", name)
+            if found is None:
+                continue
+            parts = ("gate_proj", "up_proj") if found[2] == "gate_up_proj" else ("down_proj",)
+            del self._names[name]
+            for e in range(self._tensors.shape(stored)[0]):
+                for i, part in enumerate(parts):
+                    piece = f"{found[1]}.{e}.{part}.weight"
+                    out[piece] = stored, e, i, len(parts)
+                    self._names[piece] = stored.removesuffix(found[2]) + f"{e}.{part}.weight"
+        return out
 
     def _stored(self, name: str) -> np.ndarray:
         return self._where[name].view(name)
@@ -220,15 +241,24 @@ class HfFolder:
         return models.torch_name(self.config, name)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if name in self._pieces:
+            stored, _, _, n = self._pieces[name]
+            _, rows, columns = self._tensors.shape(stored)
+            return rows // n, columns
         return self._tensors.shape(self.stored_name(name))
 
     def dtype(self, name: str) -> np.dtype:
-        return self._tensors.dtype(self.stored_name(name))
+        return self._tensors.dtype(self._pieces[name][0] if name in self._pieces else self.stored_name(name))
 
     def get(self, name: str) -> np.ndarray:
+        if name in self._pieces:
+            stored, e, i, n = self._pieces[name]
+            return np.split(self._tensors.get(stored)[e], n)[i]
         return self._tensors.get(self.stored_name(name))
 
     def release(self, name: str) -> None:
+        if name in self._pieces:  # its neighbours are read next, from the same pages
+            return
         for part in self._tensors.parts(self.stored_name(name)):
             self._where[part].release(part)
 

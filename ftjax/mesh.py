@@ -12,7 +12,7 @@ from ftjax import lora, optim
 from ftjax.errors import UserError
 from ftjax.weights import Table, unflatten
 
-WEIGHT_RULES = {"D": "fsdp", "N": "tp", "K": "tp", "F": "tp", "V": "tp"}
+WEIGHT_RULES = {"D": "fsdp", "N": "tp", "K": "tp", "F": "tp", "M": "tp", "I": "tp", "V": "tp"}
 ACTIVATION_RULES = {"B": "fsdp", "N": "tp", "K": "tp", "F": "tp", "V": "tp"}
 
 
@@ -63,6 +63,8 @@ def check(mesh: Mesh, table: Table, rows: int) -> None:
         "N": "num_attention_heads",
         "K": "num_key_value_heads",
         "F": "intermediate_size",
+        "M": "moe_intermediate_size",
+        "I": "shared experts' inner size",
         "V": "vocab_size",
     }
     used = {letter for path in table.rows for letter in table.dims(path)}

@@ -24,16 +24,16 @@ REGISTRY = {
     "gemma": "gemma:Gemma",
     "gemma2": "gemma:Gemma2",
     "gemma3_text": "gemma:Gemma3",
+    "gemma4_text": "gemma4:Gemma4",
+    "gemma4_unified_text": "gemma4:Gemma4Unified",
     "glm": "glm:Glm",
     "glm4": "glm:Glm4",
     "glm4_moe": "glm:Glm4Moe",
-    "gemma4_text": "gemma4:Gemma4",
-    "gemma4_unified_text": "gemma4:Gemma4Unified",
     "glm4_moe_lite": "deepseek:Glm4MoeLite",
     "gpt2": "gpt:Gpt2",
     "gpt_neox": "gpt:GptNeox",
-    "gptj": "gptj:Gptj",
     "gpt_oss": "gpt_oss:GptOss",
+    "gptj": "gptj:Gptj",
     "granite": "granite:Granite",
     "granitemoe": "granitemoe:GraniteMoe",
     "granitemoehybrid": "granite:GraniteHybrid",
@@ -48,24 +48,24 @@ REGISTRY = {
     "ministral3": "ministral:Ministral3",
     "mistral": "llama:Mistral",
     "mixtral": "mixtral:Mixtral",
+    "nemotron": "nemotron:Nemotron",
     "olmo": "olmo:Olmo",
     "olmo2": "olmo:Olmo2",
     "olmo3": "olmo:Olmo3",
-    "nemotron": "nemotron:Nemotron",
     "olmoe": "olmoe:Olmoe",
     "phi": "phi:Phi",
     "phi3": "phi:Phi3",
     "qwen2": "llama:Qwen2",
     "qwen2_moe": "qwen_moe:Qwen2Moe",
     "qwen3": "llama:Qwen3",
-    "seed_oss": "seed_oss:SeedOss",
-    "smollm3": "smollm3:SmolLM3",
-    "stablelm": "stablelm:StableLM",
-    "starcoder2": "starcoder2:Starcoder2",
     "qwen3_5_moe_text": "qwen3_next:Qwen35Moe",
     "qwen3_5_text": "qwen3_next:Qwen35",
     "qwen3_moe": "qwen_moe:Qwen3Moe",
     "qwen3_next": "qwen3_next:Qwen3Next",
+    "seed_oss": "seed_oss:SeedOss",
+    "smollm3": "smollm3:SmolLM3",
+    "stablelm": "stablelm:StableLM",
+    "starcoder2": "starcoder2:Starcoder2",
 }
 
 
@@ -92,7 +92,7 @@ def from_config(raw: dict[str, Any]) -> Model:
 
     try:
         plain = {k: _infinities(v) for k, v in decoder.prepare(raw).items() if k != "transformers.js_config"}
-        hf = AutoConfig.for_model(**plain)
+        hf = AutoConfig.for_model(**plain)  # type: ignore[arg-type]
     except Exception as e:  # a value of the wrong type shows as one of several libraries' classes
         raise UserError(f"config.json: {e}") from e
     config = decoder.read_config(hf, raw)
@@ -105,6 +105,10 @@ def _infinities(value):
         return float(value["__float__"])
     return [_infinities(x) for x in value] if isinstance(value, list) else value
 
+
+# Families whose published files hold all of a layer's experts in one tensor, though transformers saves each
+# alone: their tables say the latter, and hf.HfFolder shows the former so
+SPLITS_EXPERTS = ("qwen3_5_moe_text",)
 
 # A multimodal model's text decoder lies under one of these in its checkpoint ...
 _TEXT = re.compile(r"(?:model\.)?language_model\.(?:model\.)?(.+)")
