@@ -10,8 +10,9 @@ from jax.sharding import PartitionSpec as P
 
 from ftjax.errors import UserError
 from ftjax.optim import OptimGroup, OptimOptions, geometry, make_optimizer, make_schedule, state_shardings
-from ftjax.weights import LOOKUP, Table, Weight, flatten
+from ftjax.weights import LOOKUP, Run, Table, Weight, flatten
 
+LAYERS = (Run("layers", (("layers/", "layers"),), ((0, 1),)),)
 TABLE = Table(
     rows={
         "embed": Weight("V->D", "embed.weight", LOOKUP),
@@ -22,7 +23,7 @@ TABLE = Table(
         "final_norm": Weight("D", "norm.weight"),
     },
     sizes={"V": 7, "D": 6, "N": 2, "H": 3, "L": 2},
-    stacks={"layers/": (0, 1)},
+    runs=LAYERS,
 )
 
 
@@ -148,9 +149,8 @@ def test_muon_orthogonalises_each_matrix_of_a_stack():
 
 @pytest.mark.fast
 def test_adafactor_treats_each_matrix_of_a_stack_by_itself():
-    table = Table(
-        {"layers/w": Weight("D->NH", "{layer}")}, {"D": 128, "N": 2, "H": 64, "L": 2}, {"layers/": (0, 1)}
-    )
+    sizes = {"D": 128, "N": 2, "H": 64, "L": 2}
+    table = Table({"layers/w": Weight("D->NH", "{layer}")}, sizes, LAYERS)
     rng = np.random.default_rng(3)
     grads = jnp.asarray(
         rng.normal(size=(2, 128, 2, 64)) * np.array([1, 100]).reshape(2, 1, 1, 1), jnp.float32
@@ -273,3 +273,12 @@ def test_state_shardings_follow_the_weights():
     flat = jax.tree.leaves(state_shardings(tx, tree, marks, "everywhere"))
     assert flat.count("everywhere") == 2  # Adam's count and the schedule's
     assert sorted(set(flat) - {"everywhere"}) == sorted(jax.tree.leaves(marks))
+
+
+def test_geometry_of_what_is_trained_beside_factors():
+    """Whole weights are as their row, m is a vector, rows are a look-up's, and what is taken off is fixed."""
+    assert geometry("layers/q/full", 4, TABLE) == geometry("layers/q", 4, TABLE)
+    assert geometry("layers/norm/full", 2, TABLE) == geometry("layers/norm", 2, TABLE)
+    assert geometry("layers/q/m", 3, TABLE) == (0, 0, "vector")
+    assert geometry("embed/rows", 2, TABLE) == (0, 1, "lookup")
+    assert {geometry(f"layers/q/{name}", 4, TABLE).kind for name in ("a0", "b0")} == {"fixed"}
