@@ -229,7 +229,7 @@ def load(name: str, *, base: bool = False) -> Speaker:
     _say(f"loading {name}" + (f" (its base {source.source})" if base else ""))
     params = hf.load_params(source, model, dtype=None if adapter else dtype)
     if adapter is not None:
-        _, plan, factors = peft.load(adapter, model)
+        _, plan, factors = peft.load(adapter, model, source)
         params = lora.attach(params, factors, plan)
     params = generate.prepare(params, dtype)
     ends = generate.end_tokens(source.config, source.path if source.path.is_dir() else None, tokenizer)
