@@ -18,7 +18,7 @@ from ftjax.models.common import KV, ModelConfig
 from ftjax.models.decoder import LAYER, MLP, QK_NORM, Decoder, Rows
 from ftjax.models.gemma import GELU, NORMS, Gemma2, GemmaBlock
 from ftjax.models.moe import MoeBlock
-from ftjax.ops import einsum, experts, l2_norm, rms_norm, rope, shard, top_k_softmax
+from ftjax.ops import einsum, experts, l2_norm, lookup, rms_norm, rope, shard, top_k_softmax
 from ftjax.weights import LOOKUP, Weight
 
 SCALE: Rows = {"scale": Weight("Z", LAYER + "layer_scalar", init="ones")}
@@ -302,7 +302,7 @@ class Gemma4(Gemma2):
             return data
         D, I = x_BTD.shape[-1], self.cfg.hidden_size_per_layer_input  # noqa: E741
         dtype = x_BTD.dtype
-        token_BTYI = w["per_layer_embed"][tokens_BT].astype(dtype) * jnp.asarray(I**0.5, dtype)
+        token_BTYI = lookup(w["per_layer_embed"], tokens_BT, dtype) * jnp.asarray(I**0.5, dtype)
         context_BTYI = einsum("BTD,DYI->BTYI", x_BTD, w["per_layer_in"]) * D**-0.5
         context_BTYI = rms_norm(context_BTYI, w["per_layer_in_norm"], self.cfg.rms_norm_eps, offset=0.0)
         return data | {"per_layer": jnp.moveaxis((context_BTYI + token_BTYI) * 2**-0.5, 2, 0)}

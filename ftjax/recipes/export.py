@@ -99,20 +99,28 @@ class Tuned:
 def open_run(run: Path, args) -> Tuned:
     base = open_base(run, args.base)
     model = models.from_config(base.config)
-    if (run / "adapter").is_dir():
-        config, plan, adapters = peft.load(run / "adapter", model)
-        if args.checkpoint is not None:
-            trainable = lora.init(jax.random.key(0), plan, model.table)
-            adapters = at_checkpoint(run, model, trainable, args.checkpoint)
-        return Tuned(run, base, model, run / "adapter", config, plan, adapters)
-    if not (run / "model").is_dir():
+    kept = run / ("adapter" if (run / "adapter").is_dir() else "model")
+    if not kept.is_dir():
         raise UserError(f"{run}: neither adapter/ nor model/ in it: the run has not finished yet")
-    own = hf.open_model(run / "model")
-    if args.checkpoint is None:
-        return Tuned(run, own, models.from_config(own.config), run / "model")
-    trainable = hf.load_params(own, model, dtype=np.float32)
-    params = at_checkpoint(run, model, trainable, args.checkpoint)
-    return Tuned(run, own, model, run / "model", params=params)
+    if args.checkpoint is not None:
+        return open_checkpoint(run, base, model, kept, args.checkpoint)
+    if kept.name == "adapter":
+        return Tuned(run, base, model, kept, *peft.load(kept, model))
+    own = hf.open_model(kept)
+    return Tuned(run, own, models.from_config(own.config), kept)
+
+
+def open_checkpoint(run: Path, base: hf.Source, model: models.Model, kept: Path, which: str) -> Tuned:
+    from ftjax import config as configs
+
+    cfg = configs.load(str(run / "config.yaml"))
+    plan = lora.plan_run(cfg.lora, model.table, cfg.train.trainable, cfg.train.freeze)
+    if plan is None:
+        trainable = hf.load_params(base, model, dtype=np.float32)
+        return Tuned(run, base, model, kept, params=at_checkpoint(run, cfg, model, trainable, which))
+    trainable = lora.init(jax.random.key(0), plan, model.table)
+    adapters = at_checkpoint(run, cfg, model, trainable, which)
+    return Tuned(run, base, model, kept, cfg.lora, plan, adapters)
 
 
 def open_base(run: Path, moved_to: str | None = None) -> hf.Source:
@@ -133,10 +141,9 @@ def open_base(run: Path, moved_to: str | None = None) -> hf.Source:
     return source
 
 
-def at_checkpoint(run: Path, model: models.Model, trainable: dict, which: str):
+def at_checkpoint(run: Path, cfg, model: models.Model, trainable: dict, which: str):
     """The trained weights, arranged as `trainable`, in RUN/checkpoints at "best", "last" or a step."""
     from ftjax import checkpoint, optim, train
-    from ftjax import config as configs
 
     saver = checkpoint.Checkpoints(run / "checkpoints")
     steps = saver.steps()
@@ -152,7 +159,6 @@ def at_checkpoint(run: Path, model: models.Model, trainable: dict, which: str):
         step = int(which)
     elif not steps:
         raise UserError(f"{run}: no checkpoints")
-    cfg = configs.load(str(run / "config.yaml"))
     # What a checkpoint holds of the optimiser does not depend on the schedule, which needs the run's length.
     options = dataclasses.replace(cfg.optim, schedule="constant")
     tx, _ = optim.make_optimizer(options, trainable, 1, model.table)
