@@ -47,7 +47,7 @@ def make(folder: pathlib.Path, gb: float, stored: str) -> None:
     """A Llama-shaped checkpoint, sharded at 400 MB."""
     import numpy as np
 
-    from ftjax import hf, models, weights
+    from ftjax import files, models, weights
 
     config = dict(
         model_type="llama",
@@ -73,8 +73,8 @@ def make(folder: pathlib.Path, gb: float, stored: str) -> None:
         name: (weights.hf_shape(table, path), dtype) for path in table.rows for name in table.names(path)
     }
     folder.mkdir(parents=True)
-    hf.write_json(folder / "config.json", config)
-    hf._write_shards(
+    files.write_json(folder / "config.json", config)
+    files.write_shards(
         folder, entries, lambda n: rng.standard_normal(entries[n][0], np.float32).astype(dtype), SHARD
     )
 
@@ -88,7 +88,7 @@ def measure(folder: pathlib.Path, way: str) -> dict:
     from safetensors import safe_open
     from safetensors.numpy import save_file
 
-    from ftjax import hf, mesh, models, weights
+    from ftjax import hf, hf_export, mesh, models, weights
 
     source = hf.open_model(folder)
     model = models.from_config(source.config)
@@ -129,7 +129,7 @@ def measure(folder: pathlib.Path, way: str) -> dict:
                 with open(out / name, "rb") as f:
                     fsync(f.fileno())
     elif way in ("carry", "save", "save+fsync"):
-        hf.save_model(out / "model", model, held or None, source, max_shard_bytes=SHARD)
+        hf_export.save_model(out / "model", model, held or None, source, max_shard_bytes=SHARD)
     else:
         dtype = other if way == "other" else stored
         params = jax.block_until_ready(hf.load_params(source, model, dtype=dtype, shardings=shardings))

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ftjax import hf, lora
+from ftjax import files, hf, lora
 from ftjax import peft_keys as keys
 from ftjax.errors import UserError
 from ftjax.lora import Adapted, LoraConfig, Plan, Rows, Whole
@@ -70,7 +70,7 @@ def save(
     `base_name` (where the source is, unless given: for a GGUF file name the exported base) becomes
     base_model_name_or_path; the source and its fingerprint are kept in ftjax.json beside. The folder is
     re-opened and compared before it takes its name. Inexpressible where the layout cannot say what was
-    tuned; UserError where a factor is not finite, or as `hf.writing`.
+    tuned; UserError where a factor is not finite, or as `files.writing`.
     """
     config, plan, adapters = lora.plain(config, plan, adapters)
     factors = {path: np.asarray(x, np.float32) for path, x in flatten(adapters).items()}
@@ -98,10 +98,10 @@ def save(
         "revision": None if base_name else source.revision,
     }
     entries = {name: (x.shape, x.dtype) for name, x in tensors.items()}
-    with hf.writing(folder, sum(x.nbytes for x in tensors.values()), overwrite) as tmp:
-        hf.write_safetensors(tmp / WEIGHTS, entries, tensors.__getitem__)
-        hf.write_json(tmp / CONFIG, fields)
-        hf.write_json(tmp / OWN, own)
+    with files.writing(folder, sum(x.nbytes for x in tensors.values()), overwrite) as tmp:
+        files.write_safetensors(tmp / WEIGHTS, entries, tensors.__getitem__)
+        files.write_json(tmp / CONFIG, fields)
+        files.write_json(tmp / OWN, own)
         if chat_template is not None:
             (tmp / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
         if card is not None:
@@ -326,10 +326,10 @@ def load(
 def _check_base(folder: Path, source: hf.Source) -> None:
     if not (folder / OWN).is_file():
         return
-    base = hf.read_json(folder / OWN).get("base") or {}
+    base = files.read_json(folder / OWN).get("base") or {}
     mine: set[str | None] = {source.fingerprint()}
     if (source.path / OWN).is_file():  # the weights of a GGUF file, dequantised
-        mine.add((hf.read_json(source.path / OWN).get("base") or {}).get("fingerprint"))
+        mine.add((files.read_json(source.path / OWN).get("base") or {}).get("fingerprint"))
     if base.get("fingerprint") and base["fingerprint"] not in mine:
         raise UserError(
             f"{folder}: trained on {base.get('source')} (fingerprint {base['fingerprint'][:12]}), not on "
@@ -342,7 +342,7 @@ def read(folder: str | os.PathLike, table: Table) -> tuple[LoraConfig, Plan, dic
     folder = Path(folder).expanduser()
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: no {CONFIG}: not an adapter in PEFT's format")
-    raw = hf.read_json(folder / CONFIG)
+    raw = files.read_json(folder / CONFIG)
     mine = raw.get("peft_type") == OWN_TYPE
     given = LoraConfig() if mine else _read_config(folder / CONFIG, raw)
     file = _open_weights(folder)
@@ -399,7 +399,7 @@ def _config_of(config: LoraConfig, plan: Plan, table: Table) -> LoraConfig:
 NESTINGS = (("", ""), ("model.", "model.language_model."), ("", "language_model."))
 
 
-def _find_view(file: hf.SafetensorsFile, table: Table) -> keys.View:
+def _find_view(file: files.SafetensorsFile, table: Table) -> keys.View:
     """The names, of those that the model's modules may have, that fit the most tensors of the file."""
     found = {
         re.sub(r"(\.base_layer)*\.(lora_|token_adapter).*", "", key.removeprefix(PREFIX))
@@ -429,7 +429,7 @@ def _own_config(folder: Path, raw: dict, view: keys.View) -> tuple[LoraConfig, P
     if not (folder / OWN).is_file():
         return None
     try:
-        own = hf.read_json(folder / OWN)
+        own = files.read_json(folder / OWN)
         values: dict[str, Any] = {
             key: tuple(x) if isinstance(x, list) else x for key, x in own["lora"].items()
         }
@@ -543,23 +543,29 @@ def _known(field: str, given: tuple[str, ...], modules: list[str], match) -> tup
     return known
 
 
-def _open_weights(folder: Path) -> hf.SafetensorsFile:
+def _open_weights(folder: Path) -> files.SafetensorsFile:
     path = folder / WEIGHTS
     if not path.is_file():
         others = [p for p in folder.glob("adapter_model.*")]
-        hint = f"; {hf.few(others)} would have to be saved as safetensors first" if others else ""
+        hint = f"; {files.few(others)} would have to be saved as safetensors first" if others else ""
         raise UserError(f"{folder}: no {WEIGHTS}{hint}")
-    return hf.SafetensorsFile(path)
+    return files.SafetensorsFile(path)
 
 
-def _read_weights(path: Path, file: hf.SafetensorsFile, plan: Plan, view: keys.View) -> dict[str, np.ndarray]:
+def _read_weights(
+    path: Path, file: files.SafetensorsFile, plan: Plan, view: keys.View
+) -> dict[str, np.ndarray]:
     """Factors of the view's rows. UserError where the file has others than `plan` asks for."""
     wanted, allowed = keys.expected(view, plan)
     missing, extra = sorted(wanted - set(file.entries)), sorted(set(file.entries) - wanted - allowed)
     if missing:
-        raise UserError(f"{path}: missing {len(missing)} tensors that {CONFIG} promises: {hf.few(missing)}")
+        raise UserError(
+            f"{path}: missing {len(missing)} tensors that {CONFIG} promises: {files.few(missing)}"
+        )
     if extra:
-        raise UserError(f"{path}: {len(extra)} tensors that {CONFIG} does not account for: {hf.few(extra)}")
+        raise UserError(
+            f"{path}: {len(extra)} tensors that {CONFIG} does not account for: {files.few(extra)}"
+        )
 
     def get(name: str, shape: tuple[int, ...]) -> np.ndarray:
         x = file.view(name)

@@ -12,7 +12,7 @@ import test_gguf
 import test_hf
 import tiny
 
-from ftjax import gguf_export, hf, lora, models, peft
+from ftjax import files, gguf_export, hf, hf_export, lora, models, peft
 from ftjax.errors import UserError
 from ftjax.recipes import export
 
@@ -26,7 +26,7 @@ def make_run(run, source, dtype=None):
     plan = lora.plan(config, model.table)
     adapters = tiny.adapters(plan, model.table)
     run.mkdir()
-    hf.write_json(run / "base.json", hf.describe(source))
+    files.write_json(run / "base.json", hf.describe(source))
     (run / "config.yaml").write_text("recipe: sft\nlora:\n  r: 4\ndata:\n  train: examples.jsonl\n")
     peft.save(run / "adapter", plan, adapters, config, model.table, source)
     return model, lora.attach(hf.load_params(source, model), adapters, plan)
@@ -52,7 +52,7 @@ def test_merged(made, run, capsys):
     assert "the merged model" in out and "max |Δlogit|" in out and "of what tuning changed" in out
     folder = run / "export" / "hf"
     again = hf.open_model(folder)
-    drift = hf.drift(hf.probe(model, tree), model, hf.load_params(again, model))
+    drift = hf_export.drift(hf_export.probe(model, tree), model, hf.load_params(again, model))
     assert drift.max_logit < 1e-4
     card = (folder / "README.md").read_text()
     assert "library_name: transformers" in card and "| lora.r | 4 |" in card and "examples.jsonl" in card
@@ -90,7 +90,10 @@ def test_of_a_gguf_the_base_comes_along(tmp_path, capsys):
     assert source.path == tmp_path / "run/export/base"
     params = hf.load_params(source, model)
     _, plan, adapters = peft.load(adapter, model)
-    assert hf.drift(hf.probe(model, tree), model, lora.attach(params, adapters, plan)).max_logit < 1e-5
+    assert (
+        hf_export.drift(hf_export.probe(model, tree), model, lora.attach(params, adapters, plan)).max_logit
+        < 1e-5
+    )
     export.main([run, "--for", "hf"])
     merged = hf.open_model(tmp_path / "run/export/hf")
     assert {str(merged.dtype(n)) for n in merged.names()} == {"bfloat16"}
@@ -120,7 +123,7 @@ def test_one_gguf_file(quantise, tmp_path, capsys):
     assert sorted(p.name for p in folder.iterdir()) == ["Modelfile", "README.md", f"run-{quantise}.gguf"]
     source = hf.open_model(folder / f"run-{quantise}.gguf")
     again = models.from_config(source.config)
-    drift = hf.drift(hf.probe(model, tree), again, hf.load_params(source, again))
+    drift = hf_export.drift(hf_export.probe(model, tree), again, hf.load_params(source, again))
     assert drift.relative < (1e-6 if quantise == "F32" else 0.03)
     assert f"FROM ./run-{quantise}.gguf" in (folder / "Modelfile").read_text()
 
@@ -197,7 +200,7 @@ def test_every_weight(made, run, tmp_path, capsys):
     root, model, _ = made
     shutil.rmtree(run / "adapter")
     tuned = jax.tree.map(lambda x: x * 1.1, tiny.base())
-    hf.save_model(run / "model", model, tuned, hf.open_model(root / "base"))
+    hf_export.save_model(run / "model", model, tuned, hf.open_model(root / "base"))
     export.main([str(run), "--for", "hf", "--dtype", "bfloat16"])
     assert "the tuned model" in capsys.readouterr().out
     with pytest.raises(UserError, match="tuned every weight, so there is no adapter: --for hf"):
@@ -208,7 +211,7 @@ def test_what_is_missing_or_changed(made, run, tmp_path):
     root = made[0]
     moved = shutil.copytree(root / "base", tmp_path / "moved")
     facts = json.loads((run / "base.json").read_text())
-    hf.write_json(run / "base.json", facts | {"source": str(tmp_path / "gone")})
+    files.write_json(run / "base.json", facts | {"source": str(tmp_path / "gone")})
     with pytest.raises(UserError, match="the base of this run: .*no such folder.* --base says where to"):
         export.main([str(run), "--for", "hf"])
     export.main([str(run), "--for", "hf", "--base", str(moved), "--output", str(tmp_path / "out")])

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, dequantize, quantize
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import _type_traits
 
-from ftjax import gguf, hf, models, weights
+from ftjax import gguf, hf, hf_export, models, weights
 from ftjax.errors import UserError
 
 ASSETS = Path(os.environ.get("FTJAX_TEST_ASSETS", "no assets"))
@@ -183,8 +183,8 @@ def test_logits_equal_transformers_on_the_exported_base(tmp_path):
     model = models.from_config(source.config)
     assert source.config["attention_bias"]
     params = hf.load_params(source, model)
-    saved = hf.save_model(
-        tmp_path / "base", model, None, source, dtype=np.float32, check=hf.probe(model, params)
+    saved = hf_export.save_model(
+        tmp_path / "base", model, None, source, dtype=np.float32, check=hf_export.probe(model, params)
     )
     assert saved.drift.max_logit == 0
     tokens = np.arange(20, dtype=np.int32)[None] * 7 % V
@@ -327,7 +327,7 @@ def test_smollm2(tmp_path):
     source = hf.open_model(SMOLLM2)
     model = models.from_config(source.config)
     params = hf.load_params(source, model)
-    hf.save_model(tmp_path / "base", model, None, source, dtype=np.float32, max_shard_bytes=2 * 10**8)
+    hf_export.save_model(tmp_path / "base", model, None, source, dtype=np.float32, max_shard_bytes=2 * 10**8)
     assert len(list((tmp_path / "base").glob("model-0000?-of-00003.safetensors"))) == 3
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     ours, theirs = hf.load_tokenizer(source), transformers.AutoTokenizer.from_pretrained(tmp_path / "base")

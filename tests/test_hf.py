@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import tiny
 
-from ftjax import hf, mesh, models, weights
+from ftjax import files, hf, hf_export, mesh, models, weights
 from ftjax.errors import UserError
+from ftjax.recipes import card
 
 pytestmark = pytest.mark.fast
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -31,10 +32,10 @@ def make(folder, params=None, limit=60_000, **changes):
     flat = weights.flatten(params or weights.init(jax.random.key(0), model.table))
     tensors = {n: x for path in flat for n, x in weights.to_hf(model.table, path, flat[path]).items()}
     folder.mkdir()
-    hf.write_json(folder / "config.json", config)
-    hf.write_json(folder / "generation_config.json", {"eos_token_id": 2, "temperature": 0.7})
+    files.write_json(folder / "config.json", config)
+    files.write_json(folder / "generation_config.json", {"eos_token_id": 2, "temperature": 0.7})
     entries = {n: (x.shape, x.dtype) for n, x in tensors.items()}
-    hf._write_shards(folder, entries, tensors.__getitem__, limit)
+    files.write_shards(folder, entries, tensors.__getitem__, limit)
     write_tokenizer(folder)
     return model
 
@@ -46,7 +47,7 @@ def write_tokenizer(folder, size=96, template="{{ messages[0].content }}"):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w2", "chat_template": template}
-    hf.write_json(folder / "tokenizer_config.json", config)
+    files.write_json(folder / "tokenizer_config.json", config)
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def load(folder, **options):
 def edit(folder, **changes):
     path = folder / "config.json"
     config = json.loads(path.read_text()) | changes
-    hf.write_json(path, {k: v for k, v in config.items() if v != "REMOVED"})
+    files.write_json(path, {k: v for k, v in config.items() if v != "REMOVED"})
 
 
 def rewrite(folder, change):
@@ -72,7 +73,7 @@ def rewrite(folder, change):
     for path in [*folder.glob("model-*"), folder / "model.safetensors.index.json"]:
         path.unlink()
     entries = {n: (x.shape, x.dtype) for n, x in tensors.items()}
-    hf.write_safetensors(folder / "model.safetensors", entries, tensors.__getitem__)
+    files.write_safetensors(folder / "model.safetensors", entries, tensors.__getitem__)
 
 
 # -- Reading
@@ -157,7 +158,7 @@ def test_ignorable_extra_tensors(copy):
     tensors = {n: np.array(rewrite2.get(n)) for n in rewrite2.names()}
     tensors["lm_head.weight"][0, 0] += 1
     entries = {n: (x.shape, x.dtype) for n, x in tensors.items()}
-    hf.write_safetensors(copy / "model.safetensors", entries, tensors.__getitem__)
+    files.write_safetensors(copy / "model.safetensors", entries, tensors.__getitem__)
     with pytest.raises(UserError, match="tie_word_embeddings=true, yet lm_head.weight differs"):
         load(copy)
 
@@ -357,7 +358,7 @@ def test_save_keeps_what_need_not_change(whole, tmp_path):
     source = hf.open_model(whole)
     model = models.from_config(source.config)
     out = tmp_path / "out"
-    saved = hf.save_model(out, model, None, source, card="# card\n", max_shard_bytes=60_000)
+    saved = hf_export.save_model(out, model, None, source, card="# card\n", max_shard_bytes=60_000)
     assert saved.drift is None and saved.size == 4 * model.table.count()
     same = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
     for name in same:
@@ -372,7 +373,7 @@ def test_save_keeps_what_need_not_change(whole, tmp_path):
 def test_save_with_changes(whole, tmp_path):
     source = hf.open_model(whole)
     model = models.from_config(source.config)
-    hf.save_model(
+    hf_export.save_model(
         tmp_path / "out", model, None, source, dtype=BF16, stop_ids=[2, 5], chat_template="{{ new }}"
     )
     again = hf.open_model(tmp_path / "out")
@@ -387,19 +388,21 @@ def test_save_refuses(whole, tmp_path, monkeypatch):
     source = hf.open_model(whole)
     model = models.from_config(source.config)
     out = tmp_path / "out"
-    hf.save_model(out, model, None, source)
+    hf_export.save_model(out, model, None, source)
     before = sorted(p.name for p in out.iterdir())
     with pytest.raises(UserError, match="out: exists"):
-        hf.save_model(out, model, None, source)
+        hf_export.save_model(out, model, None, source)
     bad = tiny.base() | {"final_norm": np.full(48, np.nan, np.float32)}
     with pytest.raises(UserError, match="model.norm.weight has values that are not finite"):
-        hf.save_model(out, model, bad, source, overwrite=True)
+        hf_export.save_model(out, model, bad, source, overwrite=True)
     other = jax.tree.map(lambda x: x * 3, tiny.base())
     with pytest.raises(UserError, match="does not compute what was tuned .*spread"):
-        hf.save_model(out, model, other, source, check=hf.probe(model, tiny.base()), overwrite=True)
+        hf_export.save_model(
+            out, model, other, source, check=hf_export.probe(model, tiny.base()), overwrite=True
+        )
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 100))
     with pytest.raises(UserError, match=r"disk full: 0.00 GB are needed, 0.00 GB are free"):
-        hf.save_model(out, model, None, source, overwrite=True)
+        hf_export.save_model(out, model, None, source, overwrite=True)
     assert sorted(p.name for p in out.iterdir()) == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -408,31 +411,31 @@ def test_a_disk_that_fills_up_leaves_what_was_there(whole, tmp_path, monkeypatch
     source = hf.open_model(whole)
     model = models.from_config(source.config)
     out = tmp_path / "out"
-    hf.save_model(out, model, None, source)
+    hf_export.save_model(out, model, None, source)
 
     def full(fd):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(UserError, match="disk full; nothing was changed"):
-        hf.save_model(out, model, None, source, overwrite=True)
+        hf_export.save_model(out, model, None, source, overwrite=True)
     assert hf.open_model(out).fingerprint() == source.fingerprint()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_drift_sees_a_small_change():
     model, base = tiny.model(), tiny.base()
-    probe = hf.probe(model, base)
-    same = hf.drift(probe, model, base)
+    probe = hf_export.probe(model, base)
+    same = hf_export.drift(probe, model, base)
     assert same.max_logit == 0 and same.kl == 0 and same.agree == 1
     rounded = jax.tree.map(lambda x: x.astype(BF16), base)
     far = jax.tree.map(lambda x: x * 1.5, base)
-    a, b = hf.drift(probe, model, rounded), hf.drift(probe, model, far)
-    assert 0 < a.relative < hf.MAX_DRIFT / 3 < 3 * hf.MAX_DRIFT < b.relative
+    a, b = hf_export.drift(probe, model, rounded), hf_export.drift(probe, model, far)
+    assert 0 < a.relative < hf_export.MAX_DRIFT / 3 < 3 * hf_export.MAX_DRIFT < b.relative
 
 
 def test_model_card():
-    card = hf.model_card(
+    made = card.model_card(
         name="support",
         base="org/base",
         library="peft",
@@ -440,8 +443,8 @@ def test_model_card():
         settings={"lora.r": 8, "odd": "a|b"},
         scores={"exact match": 0.81234567},
     )
-    assert card.startswith("---\nlibrary_name: peft\n") and "base_model: org/base\n" in card
-    assert "| exact match | 0.8123 |" in card and "| odd | a\\|b |" in card and "| lora.r | 8 |" in card
+    assert made.startswith("---\nlibrary_name: peft\n") and "base_model: org/base\n" in made
+    assert "| exact match | 0.8123 |" in made and "| odd | a\\|b |" in made and "| lora.r | 8 |" in made
 
 
 def test_a_config_value_of_the_wrong_type(copy):
@@ -465,7 +468,7 @@ def test_the_text_part_of_a_multimodal_checkpoint(whole, tmp_path):
     shutil.copytree(whole, folder)
     rewrite(folder, lambda _: tensors | rest)
     config = {"model_type": "mistral3", "text_config": text, "vision_config": {"patch": 3}}
-    hf.write_json(folder / "config.json", config)
+    files.write_json(folder / "config.json", config)
     opened = hf.open_model(folder)
     params = load(folder)
     jax.tree.map(np.testing.assert_array_equal, params, load(whole))
@@ -473,8 +476,8 @@ def test_the_text_part_of_a_multimodal_checkpoint(whole, tmp_path):
         "model.language_model.layers.0.self_attn.q_proj.weight"
     )
     tuned = params | {"final_norm": params["final_norm"] + 1}
-    hf.save_model(tmp_path / "out", models.from_config(config), tuned, opened)
-    out = hf.SafetensorsFile(tmp_path / "out/model.safetensors")
+    hf_export.save_model(tmp_path / "out", models.from_config(config), tuned, opened)
+    out = files.SafetensorsFile(tmp_path / "out/model.safetensors")
     assert set(out.entries) == set(tensors | rest)
     for name, x in (tensors | rest).items():
         changed = name == "language_model.model.norm.weight"
@@ -507,7 +510,7 @@ def test_a_quantised_checkpoint_loads_and_goes_out_unquantised(whole, tmp_path):
     for name, x in plain.items():
         np.testing.assert_array_equal(source.get(name), x)
     model = models.from_config(source.config)
-    hf.save_model(tmp_path / "out", model, hf.load_params(source, model), source)
+    hf_export.save_model(tmp_path / "out", model, hf.load_params(source, model), source)
     again = hf.open_model(tmp_path / "out")
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
     assert set(again.names()) == set(plain) and again.dtype("model.norm.weight") == np.float32
@@ -520,5 +523,5 @@ def test_a_shorter_name_leads_to_the_tables(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(models.family("llama"), "RENAMES", {r"model\.tokens": "model.embed_tokens"})
     jax.tree.map(np.testing.assert_array_equal, load(folder), load(whole))
     source = hf.open_model(folder)
-    hf.save_model(tmp_path / "out", models.from_config(source.config), load(folder), source)
-    assert "model.tokens.weight" in hf.SafetensorsFile(tmp_path / "out/model.safetensors").entries
+    hf_export.save_model(tmp_path / "out", models.from_config(source.config), load(folder), source)
+    assert "model.tokens.weight" in files.SafetensorsFile(tmp_path / "out/model.safetensors").entries

@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ftjax import hf
+from ftjax import files, hf_export
 
 pytestmark = pytest.mark.fast
 FLOATS = ["float16", "bfloat16", "float32", "float64", "float8_e4m3fn"]
@@ -23,7 +23,7 @@ def test_a_transposing_copy_is_numpys(shape, split, stored, wanted):
     x = np.random.default_rng(0).standard_normal(lies).astype(dtype_of(stored))
     x = x.transpose(*range(len(shape) - split, len(shape)), *range(len(shape) - split))
     out = np.zeros(shape, dtype_of(wanted))
-    hf._copy(out, x, split)
+    files.copy(out, x, split)
     np.testing.assert_array_equal(out, x.astype(out.dtype))
 
 
@@ -31,7 +31,7 @@ def test_a_transposing_copy_is_numpys(shape, split, stored, wanted):
 def test_transposed_tensors_are_written_in_bands(tmp_path, band, monkeypatch):
     from safetensors.numpy import load_file
 
-    monkeypatch.setattr(hf, "BAND", band)
+    monkeypatch.setattr(files, "BAND", band)
     rng = np.random.default_rng(0)
     tensors = {
         "matrix": rng.standard_normal((70, 33), np.float32).T,
@@ -42,7 +42,7 @@ def test_transposed_tensors_are_written_in_bands(tmp_path, band, monkeypatch):
         "another": rng.standard_normal((90, 44)).astype(np.float16).T,
     }
     entries = {n: (x.shape, x.dtype) for n, x in tensors.items()}
-    hf.write_safetensors(tmp_path / "a.safetensors", entries, tensors.__getitem__)
+    files.write_safetensors(tmp_path / "a.safetensors", entries, tensors.__getitem__)
     read = load_file(tmp_path / "a.safetensors")
     assert set(read) == set(tensors)
     for name, x in tensors.items():
@@ -54,7 +54,7 @@ def test_an_error_while_a_tensor_is_made_is_raised(tmp_path):
         raise ValueError(name)
 
     with pytest.raises(ValueError, match="weight"):
-        hf.write_safetensors(tmp_path / "a.safetensors", {"weight": ((2,), np.dtype("f4"))}, tensor)
+        files.write_safetensors(tmp_path / "a.safetensors", {"weight": ((2,), np.dtype("f4"))}, tensor)
 
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
@@ -62,6 +62,6 @@ def test_finite_by_the_bits_is_finite(name):
     every = np.arange(1 << 16, dtype=np.uint16).view(dtype_of(name))
     with np.errstate(invalid="ignore"):
         finite = np.isfinite(every)
-    assert hf._finite(every[finite]) and not finite.all()
+    assert hf_export._finite(every[finite]) and not finite.all()
     for bad in every[~finite]:
-        assert not hf._finite(np.array([0, bad, 1], every.dtype))
+        assert not hf_export._finite(np.array([0, bad, 1], every.dtype))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from ftjax import hf, lora, peft
+from ftjax import files, lora, peft
 from ftjax.errors import UserError
 
 pytestmark = pytest.mark.fast
@@ -98,7 +98,7 @@ def test_what_is_written(tmp_path):
     )
     own = json.loads((tmp_path / "a/ftjax.json").read_text())
     assert own["base"] == dict(source="org/base", revision="v2", kind="hf", fingerprint="f" * 64)
-    file = hf.SafetensorsFile(tmp_path / "a/adapter_model.safetensors")
+    file = files.SafetensorsFile(tmp_path / "a/adapter_model.safetensors")
     assert file.metadata == {"format": "pt"} and len(file.entries) == 2 * 7 * 3
     key = "base_model.model.model.layers.2.self_attn.k_proj.lora_"
     assert file.entries[key + "A.weight"][:2] == (np.float32, (4, 48))
@@ -130,10 +130,10 @@ def edit(folder, **changes):
 
 def without(folder, part):
     path = folder / "adapter_model.safetensors"
-    file = hf.SafetensorsFile(path)
+    file = files.SafetensorsFile(path)
     tensors = {n: np.array(file.view(n)) for n in file.entries if part not in n}
     path.unlink()
-    hf.write_safetensors(path, {n: (x.shape, x.dtype) for n, x in tensors.items()}, tensors.__getitem__)
+    files.write_safetensors(path, {n: (x.shape, x.dtype) for n, x in tensors.items()}, tensors.__getitem__)
 
 
 BROKEN = {

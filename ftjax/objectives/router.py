@@ -26,8 +26,8 @@ class RouterLoss:
             kind = model.config.model_type
             raise UserError(f"train.{name}={balance or z} has no effect: a {kind} model has no router")
         if balance is None:
-            balance = getattr(model.config, "router_aux_loss_coef", None) or 0.0 if router_trains else 0.0
-        return cls(balance, z)
+            balance = getattr(model.config, "router_aux_loss_coef", None) if router_trains else None
+        return cls(balance or 0.0, z)
 
     def __call__(self, aux, weight):
         """(what to add to the summed loss, the sums to report): each loss times `weight`, the microbatch's

@@ -1,6 +1,7 @@
 """Supervised fine-tuning: cross-entropy of the tokens that loss_weight selects."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -35,7 +36,7 @@ def sft_loss(
         params = params_of(trainable, frozen, batch.get("rng"))
         hidden_BTD, _, aux = model(params, batch["tokens"], batch["positions"], batch["segments"])
         targets_BT, weight_BT = next_token(batch)
-        loss = linear_cross_entropy(
+        loss: Any = linear_cross_entropy(
             model.unembed, model.head(params), hidden_BTD, targets_BT, weight_BT, chunk, frozen_head
         )
         weight = jnp.sum(weight_BT)

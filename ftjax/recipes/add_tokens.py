@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from ftjax import hf, models
+from ftjax import hf, hf_export, models
 from ftjax.errors import UserError
 from ftjax.resize import resize_vocabulary
 from ftjax.weights import flatten, unflatten
@@ -48,14 +48,14 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = {p.name: p.read_bytes() for p in Path(folder).iterdir()}
-    saved = hf.save_model(
+    saved = hf_export.save_model(
         args.output,
         larger,
         params,
         source,
         config={"vocab_size": larger.config.vocab_size},
         tokenizer=files,
-        check=hf.probe(larger, params, tokenizer),
+        check=hf_export.probe(larger, params, tokenizer),
         overwrite=args.overwrite,
     )
     print(f"{saved.folder}: {rows} -> {larger.config.vocab_size} rows, re-opened: {saved.drift}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ftjax import generate, hf, lora, models, peft
+from ftjax import files, generate, hf, lora, models, peft
 from ftjax.errors import UserError
 from ftjax.generate import GenerateOptions, Generator
 
@@ -200,7 +200,7 @@ def load(name: str, *, base: bool = False) -> Speaker:
     adapter: Path | None = None
     template, template_args = None, {}
     if (folder / "base.json").is_file():
-        described = hf.read_json(folder / "base.json")
+        described = files.read_json(folder / "base.json")
         template, template_args = _template(folder / "config.yaml")
         if base:
             source = _open_base(folder, described)
@@ -253,13 +253,13 @@ def _open_base(folder: Path, described: dict[str, Any]) -> hf.Source:
 
 def _adapter_base(folder: Path) -> dict[str, Any]:
     if (folder / "ftjax.json").is_file():
-        found = hf.read_json(folder / "ftjax.json").get("base")
+        found = files.read_json(folder / "ftjax.json").get("base")
         if isinstance(found, dict) and "source" in found:
             return found
-    name = hf.read_json(folder / peft.CONFIG).get("base_model_name_or_path")
+    name = files.read_json(folder / peft.CONFIG).get("base_model_name_or_path")
     if not name:
         raise UserError(f"{folder / peft.CONFIG}: no base_model_name_or_path, so its base is not known")
-    return {"source": name, "revision": hf.read_json(folder / peft.CONFIG).get("revision")}
+    return {"source": name, "revision": files.read_json(folder / peft.CONFIG).get("revision")}
 
 
 def _template(path: Path) -> tuple[str | None, dict[str, Any]]:

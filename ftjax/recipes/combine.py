@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import get_args
 
-from ftjax import adapters, hf, models, peft
+from ftjax import adapters, files, hf, models, peft
 from ftjax.errors import UserError
 
 
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     )
     folder = peft.save(args.output, plan, tree, config, model.table, source, overwrite=args.overwrite)
     parts = " + ".join(f"{weight:g} × {path}" for path, weight in given)
-    print(f"{folder}: {args.method} of {parts}; the largest rank is {max(one.rank for one in plan.values())}")
+    print(f"{folder}: {args.method} of {parts}; the largest rank is {config.r}")
     return 0
 
 
@@ -66,8 +66,8 @@ def _parse(text: str) -> tuple[Path, float]:
 
 def _base_of(folder: Path) -> str:
     own = folder / peft.OWN
-    name = hf.read_json(own)["base"]["source"] if own.is_file() else None
-    name = name or hf.read_json(folder / peft.CONFIG).get("base_model_name_or_path")
+    name = files.read_json(own)["base"]["source"] if own.is_file() else None
+    name = name or files.read_json(folder / peft.CONFIG).get("base_model_name_or_path")
     if not name:
         raise UserError(f"{folder}: it does not say which model is its base: --base does")
     return name

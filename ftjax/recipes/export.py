@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ftjax import generate, gguf_export, hf, lora, models, peft
+from ftjax import files, generate, gguf_export, hf, hf_export, lora, models, peft
 from ftjax.errors import UserError
 from ftjax.recipes import card
 
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{output} exists; --overwrite replaces it, --output names another folder")
     TARGETS[args.target](tuned, output, args)
     if args.push:
-        print(hf.push(output, args.push, private=args.private))
+        print(hf_export.push(output, args.push, private=args.private))
     return 0
 
 
@@ -87,7 +87,7 @@ class Tuned:
         return dict(params=self.params, plan=self.plan, adapters=self.adapters)
 
     def card(self, library: str, base: str | None = None) -> str:
-        base = base or hf.read_json(self.run / "base.json")["source"]
+        base = base or files.read_json(self.run / "base.json")["source"]
         return card.of_run(self.run, base, library)
 
     def chat_template(self) -> str | None:
@@ -128,7 +128,7 @@ def open_base(run: Path, moved_to: str | None = None) -> hf.Source:
     path = run / "base.json"
     if not path.is_file():
         raise UserError(f"{run}: no base.json: not the folder of a training run")
-    facts = hf.read_json(path)
+    facts = files.read_json(path)
     try:
         source = hf.open_model(moved_to or facts["source"], None if moved_to else facts.get("revision"))
     except UserError as e:
@@ -150,7 +150,7 @@ def at_checkpoint(run: Path, cfg, model: models.Model, trainable: dict, which: s
     step = None
     if which == "best":
         summary = run / "summary.json"
-        step = hf.read_json(summary).get("best_step") if summary.is_file() else None
+        step = files.read_json(summary).get("best_step") if summary.is_file() else None
         if step is None:
             raise UserError(f"{run}: no evaluation chose a best checkpoint; there are: {_list(steps)}")
     elif which != "last":
@@ -199,8 +199,8 @@ def to_peft(tuned: Tuned, output: Path, args, layout: str = "peft") -> None:
     _, plan, again = peft.load(folder, tuned.model)
     params = hf.load_params(source, tuned.model)
     tokenizer = hf.load_tokenizer(source)
-    check = hf.probe(tuned.model, lora.attach(params, tuned.adapters or {}, tuned.plan), tokenizer)
-    drift = hf.drift(check, tuned.model, lora.attach(params, again, plan))
+    check = hf_export.probe(tuned.model, lora.attach(params, tuned.adapters or {}, tuned.plan), tokenizer)
+    drift = hf_export.drift(check, tuned.model, lora.attach(params, again, plan))
     if not drift.relative <= MAX_ADAPTER_DRIFT:
         raise UserError(f"{folder}: what was written does not compute what was tuned ({drift})")
     size = sum(x.size for x in jax.tree.leaves(again))
@@ -217,7 +217,7 @@ def to_vllm(tuned: Tuned, output: Path, args) -> None:
 
 def to_hf(tuned: Tuned, output: Path, args) -> None:
     tokenizer = hf.load_tokenizer(tuned.source)
-    saved = hf.save_model(
+    saved = hf_export.save_model(
         output,
         tuned.model,
         source=tuned.source,
@@ -227,7 +227,7 @@ def to_hf(tuned: Tuned, output: Path, args) -> None:
         chat_template=tuned.chat_template(),
         stop_ids=[] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id],
         card=tuned.card("transformers"),
-        check=hf.probe(tuned.model, tuned.tree(), tokenizer),
+        check=hf_export.probe(tuned.model, tuned.tree(), tokenizer),
         overwrite=args.overwrite,
     )
     show(saved, "the tuned model" if tuned.plan is None else "the merged model")
@@ -240,17 +240,17 @@ def to_gguf(tuned: Tuned, output: Path, args) -> None:
     template = tuned.chat_template()
     if template is not None:
         tokenizer.chat_template = template
-    check = hf.probe(tuned.model, tuned.tree(), tokenizer)
-    tensors = hf.Tuned(tuned.model.table, tuned.source, **tuned.weights())
+    check = hf_export.probe(tuned.model, tuned.tree(), tokenizer)
+    tensors = hf_export.Tuned(tuned.model.table, tuned.source, **tuned.weights())
     slug = re.sub(r"[^\w.-]+", "-", tuned.run.absolute().name) or "model"
     ends = generate.end_tokens(tuned.source.config, tuned.source.path, tokenizer)
-    with hf.writing(output, overwrite=args.overwrite) as tmp, tokenizer_folder(tuned.source) as files:
+    with files.writing(output, overwrite=args.overwrite) as tmp, tokenizer_folder(tuned.source) as folder:
         done = gguf_export.export_gguf(
             tmp / f"{slug}-{quantise}.gguf",
             tuned.source.config,
             tensors.shapes(),
             lambda name: tensors(name)[1],
-            files,
+            folder,
             quantise=quantise,
             chat_template=template,
             stop_ids=list(ends),
@@ -266,7 +266,7 @@ def to_gguf(tuned: Tuned, output: Path, args) -> None:
     print(f"ollama create {slug} -f {output / 'Modelfile'}")
 
 
-def check_gguf(done, tuned: Tuned, tensors, check: hf.Probe, quantise: str) -> str:
+def check_gguf(done, tuned: Tuned, tensors, check: hf_export.Probe, quantise: str) -> str:
     """What comparing the file with the tuned model found: logits where its architecture is one that we read,
     else every tensor. UserError where it is further off than its type explains."""
     try:
@@ -277,8 +277,8 @@ def check_gguf(done, tuned: Tuned, tensors, check: hf.Probe, quantise: str) -> s
             done.path, tuned.source.config, tensors.shapes(), lambda name: tensors(name)[1], quantise
         )
         return f"its tensors are within {error:.2g} of the tuned ones (llama.cpp's own logits: not run)"
-    drift = hf.drift(check, tuned.model, params)
-    if not drift.relative <= hf.MAX_DRIFT:
+    drift = hf_export.drift(check, tuned.model, params)
+    if not drift.relative <= hf_export.MAX_DRIFT:
         raise UserError(f"{done.path.name}: what was written does not compute what was tuned ({drift})")
     return str(drift)
 
@@ -297,9 +297,9 @@ def write_base(tuned: Tuned, folder: Path, args) -> Path:
     """The dequantised weights of a GGUF base, as the folder that an adapter of it names."""
     if not (folder / "config.json").is_file() or args.overwrite:
         source, model = tuned.source, tuned.model
-        check = hf.probe(model, hf.load_params(source, model), hf.load_tokenizer(source))
+        check = hf_export.probe(model, hf.load_params(source, model), hf.load_tokenizer(source))
         size = int(args.max_shard_gb * 1e9)
-        saved = hf.save_model(
+        saved = hf_export.save_model(
             folder,
             model,
             None,
@@ -309,12 +309,12 @@ def write_base(tuned: Tuned, folder: Path, args) -> Path:
             check=check,
             overwrite=True,
         )
-        hf.write_json(folder / "ftjax.json", {"base": hf.describe(source)})
+        files.write_json(folder / "ftjax.json", {"base": hf.describe(source)})
         show(saved, "the dequantised base")
     return folder
 
 
-def show(saved: hf.Saved, what: str) -> None:
+def show(saved: hf_export.Saved, what: str) -> None:
     print(f"{saved.folder}: {what}, {saved.size / 1e6:,.1f} MB, re-opened: {saved.drift}")
     if saved.rounding is not None:
         share = f"{saved.rounding:.1%}" if np.isfinite(saved.rounding) else "more than all"

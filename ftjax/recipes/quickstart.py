@@ -12,7 +12,7 @@ import time
 from rich.console import Console
 from rich.table import Table
 
-from ftjax import config, generate, hf, host, lora, models, peft, report
+from ftjax import config, generate, hf, hf_export, host, lora, models, peft, report
 from ftjax.errors import UserError
 from ftjax.evaluate import statistics
 from ftjax.quickstart import model as embedded
@@ -132,7 +132,7 @@ def main(argv: list[str]) -> int:
     console.print("[bold]3/4[/] the tuned model, with a one-word prompt")
     _, plan, adapters = peft.load(run / "adapter", model)
     attached = lora.attach(hf.load_params(source, model, dtype=dtype), adapters, plan)
-    probe = hf.probe(model, attached, tokenizer)
+    probe = hf_export.probe(model, attached, tokenizer)
     after = answers("tuned, one word", generate.prepare(attached), task.short_prompt)
     del attached
 
@@ -144,7 +144,7 @@ def main(argv: list[str]) -> int:
     scores = {"title": "Held-out test", "columns": list(COLUMNS), "rows": rows, "notes": notes}
     report.write_json(run / "scores.json", scores)
     report.write_json(run / "samples.json", samples)
-    exported = hf.save_model(
+    exported = hf_export.save_model(
         run / "merged",
         model,
         None,

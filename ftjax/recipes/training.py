@@ -13,7 +13,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftjax import checkpoint, config, hf, lora, lora_init, mesh, models, optim, peft, report, train, weights
+from ftjax import (
+    checkpoint,
+    config,
+    hf,
+    hf_export,
+    lora,
+    lora_init,
+    mesh,
+    models,
+    optim,
+    peft,
+    report,
+    train,
+    weights,
+)
 from ftjax.data import dataset
 from ftjax.data.loader import Loader
 from ftjax.data.stream import StreamLoader
@@ -315,7 +329,7 @@ def save_result(
             overwrite=True,
         )
     else:
-        hf.save_model(
+        hf_export.save_model(
             run / "model",
             model,
             trainable if plan is None else None,
@@ -324,7 +338,7 @@ def save_result(
             adapters=trainable if plan else None,
             chat_template=text,
             card=readme,
-            check=hf.probe(model, trainable if params is None else params),
+            check=hf_export.probe(model, trainable if params is None else params),
             overwrite=True,
         )
 

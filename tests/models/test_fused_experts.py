@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("torch", reason="the files are made with torch, which is not installed")
 from test_parity import close, make_case
 
-from ftjax import hf, models
+from ftjax import files, hf, hf_export, models
 
 
 def test_experts_in_one_tensor(tmp_path_factory, tmp_path):
@@ -27,14 +27,14 @@ def test_experts_in_one_tensor(tmp_path_factory, tmp_path):
     folder.mkdir()
     # as the text part of the published multimodal files
     names = {f"model.language_model.{n[6:]}" if n.startswith("model.") else n: x for n, x in tensors.items()}
-    hf.write_json(folder / "config.json", {"model_type": "qwen3_5_moe", "text_config": source.config})
+    files.write_json(folder / "config.json", {"model_type": "qwen3_5_moe", "text_config": source.config})
     entries = {n: (x.shape, x.dtype) for n, x in names.items()}
-    hf.write_safetensors(folder / "model.safetensors", entries, names.__getitem__)
+    files.write_safetensors(folder / "model.safetensors", entries, names.__getitem__)
     opened = hf.open_model(folder)
     model = models.from_config(opened.config)
     params = hf.load_params(opened, model)
     jax.tree.map(np.testing.assert_array_equal, params, case.params)
     close(case.forward(params, case.tokens, *case.plain), case.logits)
-    hf.save_model(tmp_path / "out", model, params, opened)
+    hf_export.save_model(tmp_path / "out", model, params, opened)
     again = hf.open_model(tmp_path / "out")
     jax.tree.map(np.testing.assert_array_equal, hf.load_params(again, model), params)

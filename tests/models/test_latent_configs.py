@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_parity import close, make_case
 
-from ftjax import hf, models
+from ftjax import files, hf, hf_export, models
 from ftjax.errors import UserError
 
 pytest.importorskip("transformers")
@@ -294,11 +294,11 @@ def test_layers_that_predict_further_tokens_go_through(name, extra, tmp_path_fac
     tensors = {n: case.source.get(n) for n in case.source.names()} | {extra: np.ones((3, 2), np.float32)}
     entries = {n: (x.shape, x.dtype) for n, x in tensors.items()}
     (tmp_path / "in").mkdir()
-    hf.write_safetensors(tmp_path / "in/model.safetensors", entries, tensors.__getitem__)
+    files.write_safetensors(tmp_path / "in/model.safetensors", entries, tensors.__getitem__)
     (tmp_path / "in/config.json").write_bytes((case.folder / "config.json").read_bytes())
     source = hf.open_model(tmp_path / "in")
     model = models.from_config(source.config)
     params = hf.load_params(source, model)
     close(case.forward(params, case.tokens, *case.plain), case.logits)
-    hf.save_model(tmp_path / "out", model, params, source)
+    hf_export.save_model(tmp_path / "out", model, params, source)
     np.testing.assert_array_equal(hf.open_model(tmp_path / "out").get(extra), tensors[extra])

@@ -18,7 +18,7 @@ from cases import FAMILIES, VARIANTS
 from cases import LENGTH as T
 from cases import config as case_config
 
-from ftjax import hf, lora, mesh, models, peft, weights
+from ftjax import files, hf, hf_export, lora, mesh, models, peft, weights
 
 torch = pytest.importorskip(
     "torch", reason="parity is checked against torch models, and torch is not installed"
@@ -156,7 +156,7 @@ def test_logits(case):
 
 
 def test_export_is_import(case, tmp_path):
-    saved = hf.save_model(tmp_path / "out", case.model, case.params, case.source)
+    saved = hf_export.save_model(tmp_path / "out", case.model, case.params, case.source)
     again = hf.open_model(tmp_path / "out")
     extra = set(case.source.names()) - set(again.names())
     assert extra <= {"lm_head.weight"} and set(again.names()) <= set(case.source.names())
@@ -229,14 +229,14 @@ def test_adapter_through_peft(family, tmp_path):
 def test_merged_export(family, tmp_path):
     (_, ours), _ = family.tuned
     tree = lora.attach(family.params, family.adapters, family.plan)
-    saved = hf.save_model(
+    saved = hf_export.save_model(
         tmp_path / "m",
         family.model,
         None,
         family.source,
         plan=family.plan,
         adapters=family.adapters,
-        check=hf.probe(family.model, tree),
+        check=hf_export.probe(family.model, tree),
     )
     assert saved.drift.max_logit < 1e-3 and saved.drift.agree == 1.0 and saved.rounding < 1e-3
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", attn_implementation="eager")
@@ -353,7 +353,7 @@ def test_we_load_what_peft_saved(name, tmp_path_factory, tmp_path):
     close(ours, case.torch_logits(theirs))
     # and what we then save is what PEFT saved
     peft.save(tmp_path / "ours", plan, adapters, config, case.model.table, case.source)
-    a, b = (hf.SafetensorsFile(tmp_path / x / peft.WEIGHTS) for x in ("theirs", "ours"))
+    a, b = (files.SafetensorsFile(tmp_path / x / peft.WEIGHTS) for x in ("theirs", "ours"))
     assert set(a.entries) == set(b.entries)
     for key in a.entries:
         np.testing.assert_array_equal(a.view(key), b.view(key))
@@ -362,7 +362,9 @@ def test_we_load_what_peft_saved(name, tmp_path_factory, tmp_path):
 def test_a_tied_head_stays_tied(tmp_path_factory, tmp_path):
     case = make_case("llama-tied", tmp_path_factory.getbasetemp())
     params = case.params | {"embed": case.params["embed"] * 1.5}
-    hf.save_model(tmp_path / "m", case.model, params, case.source, check=hf.probe(case.model, params))
+    hf_export.save_model(
+        tmp_path / "m", case.model, params, case.source, check=hf_export.probe(case.model, params)
+    )
     assert "lm_head.weight" not in hf.open_model(tmp_path / "m").names()
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
     assert reference.lm_head.weight is reference.model.embed_tokens.weight
@@ -375,5 +377,5 @@ def test_a_tied_head_stays_tied(tmp_path_factory, tmp_path):
     embed = "model.embed_tokens.weight"
     entries = {n: (source.shape(n if n != names[-1] else embed), np.dtype(np.float32)) for n in names}
     get = lambda n: source.get(n if n != "lm_head.weight" else embed)  # noqa: E731
-    hf.write_safetensors(folder / "model.safetensors", entries, get)
+    files.write_safetensors(folder / "model.safetensors", entries, get)
     hf.load_params(hf.open_model(folder), case.model)

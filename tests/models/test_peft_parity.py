@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_parity import close, make_case, with_peft
 
-from ftjax import hf, lora, peft, weights
+from ftjax import files, hf, hf_export, lora, peft, weights
 from ftjax.errors import UserError
 
 torch = pytest.importorskip("torch", reason="parity is checked against torch models")
@@ -175,7 +175,7 @@ def test_adapters_for_vllm(family, tmp_path_factory, tmp_path):
     plan = lora.plan(config, case.model.table)
     adapters = random_tree(case, config, plan)
     peft.save(tmp_path / "a", plan, adapters, config, case.model.table, case.source, layout="vllm")
-    file = hf.SafetensorsFile(tmp_path / "a" / peft.WEIGHTS)
+    file = files.SafetensorsFile(tmp_path / "a" / peft.WEIGHTS)
     names = {name for path in plan for name in case.model.table.names(path)}
     ends = {f"base_model.model.{weights.module_of(n)}.lora_{x}.weight" for n in names for x in "AB"}
     assert set(file.entries) == ends
@@ -248,7 +248,7 @@ def test_an_adapter_of_other_weights(tmp_path_factory, tmp_path):
     plan = lora.plan(config, case.model.table)
     peft.save(tmp_path / "a", plan, random_tree(case, config, plan), config, case.model.table, case.source)
     params = jax.tree.map(lambda x: x * 2, other.params)
-    hf.save_model(tmp_path / "other", other.model, params, other.source)
+    hf_export.save_model(tmp_path / "other", other.model, params, other.source)
     source = hf.open_model(tmp_path / "other")
     with pytest.raises(UserError, match=f"trained on {case.source.source} .* not on {source.source}"):
         peft.load(tmp_path / "a", other.model, source)

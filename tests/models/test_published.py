@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_parity import LORA, T, close, make_case, with_peft
 
-from ftjax import hf, models, peft
+from ftjax import files, hf, hf_export, models, peft
 from ftjax.errors import UserError
 
 # What config.json of each says, less sizes and what is always ignored.
@@ -249,7 +249,7 @@ def rewritten(case, folder, rename, buffers):
     source = case.source
     tensors = {rename(n): source.get(n) for n in source.names()} | buffers
     entries = {n: (x.shape, x.dtype) for n, x in tensors.items()}
-    hf.write_safetensors(folder / "model.safetensors", entries, tensors.__getitem__)
+    files.write_safetensors(folder / "model.safetensors", entries, tensors.__getitem__)
     (folder / "config.json").write_bytes((case.folder / "config.json").read_bytes())
     return tensors
 
@@ -285,8 +285,8 @@ def test_names(name, tmp_path_factory, tmp_path):
     model = models.from_config(source.config)
     params = hf.load_params(source, model)
     close(case.forward(params, case.tokens, *case.plain), case.logits)
-    hf.save_model(tmp_path / "out", model, params, source)
-    out = hf.SafetensorsFile(tmp_path / "out/model.safetensors")
+    hf_export.save_model(tmp_path / "out", model, params, source)
+    out = files.SafetensorsFile(tmp_path / "out/model.safetensors")
     assert set(out.entries) == set(tensors)
     for key, x in tensors.items():
         np.testing.assert_array_equal(out.view(key), x)

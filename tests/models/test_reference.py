@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from cases import FAMILIES, LENGTH, VARIANTS, config
 
-from ftjax import hf, models, weights
+from ftjax import files, hf, models, weights
 
 FILE = pathlib.Path(__file__).parent / "reference_logits.npz"
 CASES = [*FAMILIES, *VARIANTS]
@@ -43,10 +43,10 @@ def folder_of(case: str, root: pathlib.Path) -> pathlib.Path:
     """A Hugging Face folder with that checkpoint."""
     folder = root / case
     folder.mkdir()
-    hf.write_json(folder / "config.json", config(case))
+    files.write_json(folder / "config.json", config(case))
     arrays = checkpoint(models.from_config(config(case)).table)
     entries = {name: (x.shape, x.dtype) for name, x in arrays.items()}
-    hf.write_safetensors(folder / "model.safetensors", entries, arrays.__getitem__)
+    files.write_safetensors(folder / "model.safetensors", entries, arrays.__getitem__)
     return folder
 
 
