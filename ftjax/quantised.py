@@ -115,6 +115,11 @@ class Dequantised:
                 f"layer stored as quant_method={method!r} of config.json stores it: give the unquantised "
                 "model, or a GGUF file"
             )
+        if not self._tensors:
+            raise UserError(
+                f"{where}: config.json says quant_method={method!r}, yet no tensor is stored so: if these are "
+                "plain weights, take quantization_config out of it"
+            )
 
     def names(self) -> list[str]:
         return list(self._names)

@@ -513,3 +513,10 @@ def test_errors_of_groups(change, size, message):
     source = read(GPTQ | change, {"quant_method": "gptq", "group_size": size})
     with pytest.raises(UserError, match=message):
         source.get("q.weight")
+
+
+def test_a_config_that_says_more_than_the_files():
+    plain = {"model.layers.0.mlp.up_proj.weight": (np.dtype(np.float32), (4, 4))}
+    config = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 2}}
+    with pytest.raises(UserError, match="says quant_method='gptq', yet no tensor is stored so"):
+        quantised.Dequantised("folder", config, plain, lambda name: np.zeros((4, 4), np.float32))
