@@ -117,8 +117,8 @@ class Dequantised:
             )
         if not self._tensors:
             raise UserError(
-                f"{where}: config.json says quant_method={method!r}, yet no tensor is stored so: if these are "
-                "plain weights, take quantization_config out of it"
+                f"{where}: config.json says quant_method={method!r}, yet no tensor is stored so: if these "
+                "are plain weights, take quantization_config out of it"
             )
 
     def names(self) -> list[str]:
