@@ -69,6 +69,11 @@ def start(
     `flags` are those of `folder.claim`.
     """
     clock = time.perf_counter()
+    if cfg.lora and cfg.lora.init_lora_weights == "loftq":
+        raise UserError(
+            "lora.init_lora_weights=loftq: from Python only, by ftjax.lora_init.loftq with your quantiser; runs "
+            "keep no quantised base yet"
+        )
     run = folder.claim(cfg, **flags)
     devices = mesh.make_mesh(cfg.mesh)
 
@@ -96,8 +101,6 @@ def start(
     with mesh.use(devices):
         # 3. the frozen tree and the trainable one
         plan = lora.plan_run(cfg.lora, model.table, cfg.train.trainable, cfg.train.freeze)
-        if cfg.lora and cfg.lora.init_lora_weights == "loftq":
-            raise UserError("lora.init_lora_weights=loftq: for a quantised base, and this one is not")
         base_dtype = dtype if cfg.lora else jnp.float32  # full fine-tuning keeps float32, computes in dtype
         shardings = weights.shardings(model.table, mesh.WEIGHT_RULES, devices)
         base = hf.load_params(source, model, dtype=base_dtype, shardings=shardings)
