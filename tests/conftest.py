@@ -1,5 +1,6 @@
 """Eight CPU devices for every test, one compilation cache for all of them."""
 
+import gc
 import os
 import pathlib
 
@@ -21,3 +22,16 @@ def pytest_collection_modifyitems(items):
             params = item.callspec.params
             group += str(params.get("case", params.get("family", "")))
         item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.fixture(autouse=True)
+def few_maps():
+    """Compiled programs map memory and are kept; a process has 65,530 maps, and beyond them a compilation ends
+    in a crash. So they go when there are many."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
