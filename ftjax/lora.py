@@ -408,18 +408,18 @@ def _plan_rows(config: LoraConfig, table: Table) -> dict[str, tuple[int, ...]]:
 # -- The trainable tree
 
 
-def _live(adapted: Adapted) -> np.ndarray:
+def live(adapted: Adapted) -> np.ndarray:
     """[*lead, R]: 1 where a rank component is used, 0 where it pads."""
     live = np.arange(adapted.rank) < np.array(adapted.ranks)[:, None]
     return live.astype(np.float32).reshape(*adapted.lead, adapted.rank)
 
 
 def _live_a(adapted: Adapted, ins: int) -> np.ndarray:
-    return (x := _live(adapted)).reshape(*adapted.lead, *(1,) * ins, x.shape[-1])
+    return (x := live(adapted)).reshape(*adapted.lead, *(1,) * ins, x.shape[-1])
 
 
 def _live_b(adapted: Adapted, outs: int) -> np.ndarray:
-    return (x := _live(adapted)).reshape(*x.shape, *(1,) * outs)
+    return (x := live(adapted)).reshape(*x.shape, *(1,) * outs)
 
 
 def _live_m(adapted: Adapted, outs: int) -> np.ndarray:

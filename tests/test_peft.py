@@ -42,7 +42,7 @@ def live(plan, adapters):
         leaf = adapters
         for part in path.split("/"):
             leaf = leaf[part]
-        mask = lora._live(adapted) > 0
+        mask = lora.live(adapted) > 0
         a, b = np.asarray(leaf["a"]), np.asarray(leaf["b"])
         lead = len(adapted.lead)
         flat[path + "/a"] = a * mask.reshape(*mask.shape[:lead], *(1,) * (a.ndim - lead - 1), -1)

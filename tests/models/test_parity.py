@@ -137,7 +137,7 @@ def random_adapters(plan, table, seed=3):
     rng = np.random.default_rng(seed)
     for path, adapted in plan.items():
         b = rng.normal(size=flat[path + "/b"].shape).astype(np.float32) * 0.2
-        mask = lora._live(adapted)
+        mask = lora.live(adapted)
         flat[path + "/b"] = jnp.asarray(b * mask.reshape(*mask.shape, *(1,) * (b.ndim - mask.ndim)))
     return weights.unflatten(flat)
 
