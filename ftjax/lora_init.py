@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax.errors import UserError
-from ftjax.weights import ObservedWeight, Table, flatten, unflatten
+from ftjax.weights import ObservedWeight, Table, flatten, module_of, unflatten
 
 
 def _svd_factors(w_IO, rank: int, scale, iterations: int | None = None, key: Any = None):
@@ -132,30 +132,52 @@ def second_moments(model, base: dict, plan: Mapping, table: Table, batches: Iter
     return total
 
 
-def eva(model, base: dict, adapters: dict, plan: Mapping, table: Table, batches: Iterable[Mapping]) -> dict:
-    """The tree with a's components the directions in which each layer's inputs vary most, b zero: EVA,
-    Paischer et al. 2024, arXiv:2410.07170, without its redistribution of ranks.
+def eva(
+    model, base: dict, adapters: dict, plan: Mapping, table: Table, batches: Iterable[Mapping]
+) -> tuple[dict, dict[str, np.ndarray]]:
+    """(The tree with a's components the directions in which each layer's inputs vary most, b zero; {path: how
+    many components of each adapted expert's matrix the data do not give}): EVA, Paischer et al. 2024,
+    arXiv:2410.07170, without its redistribution of ranks.
 
     They are the eigenvectors of Σ x xᵀ, which are the right singular vectors of the stacked inputs: exact, in
-    memory of I² a matrix. UserError where the batches have fewer live tokens than a rank needs.
+    memory of I² a matrix. An expert that few tokens reach gets the rest from the random a of `adapters`, made
+    orthogonal to them and each other. UserError where the inputs of another module span less than its rank.
     """
     moments = second_moments(model, base, plan, table, batches)
-    out = dict(flatten(adapters))
+    out, missing = dict(flatten(adapters)), {}
     for path, moment in moments.items():
         one, a = plan[path], out[path + "/a"]
+        I, R = moment.shape[-1], one.rank  # noqa: E741
 
-        def top(moment_II, rank=one.rank):
+        def top(args, R=R):
+            moment_II, random_IR = args
             values, vectors = jnp.linalg.eigh(moment_II)
-            return values[::-1][:rank], vectors[:, ::-1][:, :rank]
+            values, vectors = values[::-1][:R], vectors[:, ::-1][:, :R]
+            seen = values > 1e-6 * values[0]
+            # those found come first, so that QR leaves them as they are, but for their sign
+            q = jnp.linalg.qr(jnp.where(seen, vectors, random_IR[:, : len(seen)]))[0]
+            return jnp.pad(seen, (0, R - len(seen))), _wide(jnp.where(seen, vectors, q), R, 1)
 
-        values, vectors = jax.lax.map(top, moment.reshape(-1, *moment.shape[-2:]))
-        live = np.arange(one.rank) < np.array(one.ranks)[:, None]
-        seen = np.asarray(values) > 1e-6 * np.asarray(values)[:, :1]
-        if not seen[live].all():
-            short = next(int(r) for r, s, v in zip(one.ranks, seen, live, strict=True) if not s[v].all())
-            raise UserError(
-                f"lora.init_lora_weights=eva: the inputs of {table.rows[path].module} in the data span fewer "
-                f"than {short} dimensions: give more data, or a lower rank"
-            )
+        seen, vectors = jax.lax.map(top, (moment.reshape(-1, I, I), a.reshape(-1, I, R)))
+        live = np.arange(R) < np.array(one.ranks)[:, None]
+        short = np.sum(live & ~np.asarray(seen), axis=1)
+        experts = bool(table.rows[path].many)
+        for i in np.flatnonzero(short):
+            if not experts or one.ranks[i] > I:
+                name = module_at(table, path, int(i))
+                raise UserError(
+                    f"lora.init_lora_weights=eva: the inputs of {name} in the data span fewer than "
+                    f"{one.ranks[i]} dimensions: give more data, or a lower rank"
+                )
+        if experts:
+            missing[path] = short[np.array(one.ranks) > 0]
         out[path + "/a"] = (vectors * live[:, None, :].astype(np.float32)).reshape(a.shape)
-    return unflatten(out)
+    return unflatten(out), missing
+
+
+def module_at(table: Table, path: str, i: int) -> str:
+    """The module in the checkpoint whose weight is the i-th matrix at `path`; where it holds several experts,
+    which of them."""
+    names, together = table.names(path), int(np.prod(table.together(path)))
+    module = module_of(names[i // together])
+    return f"{module} (expert {i % together})" if together > 1 else module

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import tiny
 
-from ftjax import lora, lora_init, models, optim, weights
+from ftjax import lora, lora_init, mesh, models, optim, weights
 from ftjax.errors import UserError
+from ftjax.recipes import training
 
 TARGETS = ("q_proj", "o_proj", "down_proj")
 LEFT_ALONE = {"layers_to_transform": (0, 2), "rank_pattern": {"layers.2.self_attn.q_proj": 2}}
@@ -58,9 +59,8 @@ def test_training_starts_at_the_base(how, dora):
     if how not in (True, "gaussian"):
         assert all(np.abs(flat[f"{path}/b"]).max() > 1e-3 for path in plan)
     for path, one in plan.items():  # what pads a lower rank is zero
-        assert not np.any(
-            np.asarray(flat[path + "/a"]) * (1 - lora._live_a(one, len(tiny.model().table.ins(path))))
-        )
+        a = np.asarray(flat[path + "/a"]).reshape(*one.lead, -1, one.rank)
+        assert not np.any(a * (1 - lora.live(one)[..., None, :]))
     assert jax.tree.map(jnp.shape, tree) == jax.tree.map(jnp.shape, lora.abstract(plan, tiny.model().table))
 
 
@@ -186,7 +186,8 @@ def test_eva_finds_the_directions_of_the_activations():
         total += x.T @ x
     np.testing.assert_allclose(moments["layers/q"][0], total, atol=1e-4 * np.abs(total).max())
     tree = lora.init(jax.random.key(0), plan, table, tiny.base(), "eva")
-    tree = lora_init.eva(model, tiny.base(), tree, plan, table, batches())
+    tree, missing = lora_init.eva(model, tiny.base(), tree, plan, table, batches())
+    assert not missing  # of experts
     a = np.asarray(tree["layers"]["q"]["a"])[0]
     values, vectors = np.linalg.eigh(total)
     np.testing.assert_allclose(np.abs(a.T @ vectors[:, ::-1][:, :4]), np.eye(4), atol=1e-2)
@@ -210,9 +211,62 @@ def test_eva_of_experts_sees_each_experts_tokens():
     assert len({round(float(x), 3) for x in jnp.trace(gate, axis1=-2, axis2=-1).reshape(-1)}) == 8
 
 
+def test_eva_keeps_random_directions_for_experts_that_few_tokens_reach():
+    changes = dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=1, num_hidden_layers=2)
+    model = models.from_config(tiny.CONFIG | changes | {"tie_word_embeddings": False})
+    base = weights.init(jax.random.key(0), model.table)
+    plan = lora.plan(lora.LoraConfig(r=6, target_modules=("w1", "w2")), model.table)
+    few = [{k: v[:1, :7] for k, v in batches()[0].items()}]
+    start = lora.init(jax.random.key(0), plan, model.table, base, "eva")
+    tree, missing = lora_init.eva(model, base, start, plan, model.table, few)
+    moments = lora_init.second_moments(model, base, plan, model.table, few)
+    counts = set()
+    for path, short in missing.items():
+        a = np.asarray(weights.flatten(tree)[path + "/a"]).reshape(8, -1, 6)
+        first = np.asarray(weights.flatten(start)[path + "/a"]).reshape(8, -1, 6)
+        for i, moment in enumerate(
+            np.asarray(moments[path], np.float64).reshape(8, *moments[path].shape[-2:])
+        ):
+            np.testing.assert_allclose(a[i].T @ a[i], np.eye(6), atol=1e-5)
+            found = 6 - short[i]
+            values = np.linalg.eigvalsh(moment)[::-1]
+            assert (values[:found] > 0).all() and (not short[i] or values[found] <= 1e-5 * values[0])
+            np.testing.assert_allclose(
+                np.sum((a[i].T @ moment) * a[i].T, -1),
+                np.maximum(values[:6], 0),
+                atol=1e-4 * values[0] + 1e-9,
+            )
+            # the rest are what is left of the random ones
+            rest = np.linalg.qr(np.concatenate([a[i][:, :found], first[i][:, found:]], 1))[0][:, found:]
+            np.testing.assert_allclose(np.abs(np.sum(rest * a[i][:, found:], 0)), 1, atol=1e-4)
+            counts.add(int(short[i]))
+    assert set(missing) == {"layers/experts_gate", "layers/experts_down"}
+    assert 6 in counts and len(counts) > 2  # experts that no token reached, and some of a few tokens
+
+    class Data:
+        def batches(self, step):
+            yield from ({k: np.asarray(v)[None] for k, v in one.items()} for one in few)
+
+    devices = mesh.make_mesh(mesh.MeshOptions(), jax.devices()[:1])
+    with mesh.use(devices):
+        again, said = training.by_data(model, base, start, plan, Data(), devices)
+    jax.tree.map(np.testing.assert_array_equal, again, tree)
+    short = np.concatenate(list(missing.values()))
+    assert f"the inputs of {(short > 0).sum()} of 16 experts' weights in the first 16 batches" in said
+    assert f"{short.sum()} components begin at random" in said
+    with pytest.raises(
+        UserError, match=r"layers\.0\.block_sparse_moe\.experts\.0\.w1 in the data span fewer"
+    ):
+        plan = lora.plan(lora.LoraConfig(r=64, target_modules=("w1",)), model.table)
+        start = lora.init(jax.random.key(0), plan, model.table, base, "eva")
+        lora_init.eva(model, base, start, plan, model.table, few)
+
+
 def test_eva_says_when_the_data_are_too_few():
     plan = lora.plan(config("eva", target_modules=("q_proj",), r=16), tiny.model().table)
     tree = lora.init(jax.random.key(0), plan, tiny.model().table, tiny.base(), "eva")
     few = {k: v[:1, :3] for k, v in batches()[0].items()}
-    with pytest.raises(UserError, match="fewer than 16 dimensions"):
+    with pytest.raises(
+        UserError, match=r"model\.layers\.0\.self_attn\.q_proj in the data span fewer than 16"
+    ):
         lora_init.eva(tiny.model(), tiny.base(), tree, plan, tiny.model().table, [few])

@@ -71,8 +71,8 @@ def start(
     clock = time.perf_counter()
     if cfg.lora and cfg.lora.init_lora_weights == "loftq":
         raise UserError(
-            "lora.init_lora_weights=loftq: from Python only, by ftjax.lora_init.loftq with your quantiser; runs "
-            "keep no quantised base yet"
+            "lora.init_lora_weights=loftq: from Python only, by ftjax.lora_init.loftq with your quantiser; "
+            "runs keep no quantised base yet"
         )
     run = folder.claim(cfg, **flags)
     devices = mesh.make_mesh(cfg.mesh)
@@ -104,9 +104,10 @@ def start(
         base_dtype = dtype if cfg.lora else jnp.float32  # full fine-tuning keeps float32, computes in dtype
         shardings = weights.shardings(model.table, mesh.WEIGHT_RULES, devices)
         base = hf.load_params(source, model, dtype=base_dtype, shardings=shardings)
+        began = ""
         trainable, frozen, params_of = split(cfg, model, plan, base, devices, keep_reference=preference)
         if cfg.lora and cfg.lora.init_lora_weights == "eva":
-            trainable = by_data(model, base, trainable, plan, data, devices)
+            trainable, began = by_data(model, base, trainable, plan, data, devices)
         del base
         routers = [path for path, row in model.table.rows.items() if row.role == "router"]
         trained = {path for key in weights.flatten(trainable) for path in (key, key.rpartition("/")[0])}
@@ -167,6 +168,8 @@ def start(
         )
         if restored is not None:
             reporter.event(first, f"going on from the checkpoint of step {first}")
+        elif began:
+            reporter.event(first, began)
         share = count / model.table.count()
         reporter.say(
             f"{total_steps} steps; {count:,} weights are trained, {share:.2%} of the model's. Compiling …"
@@ -387,7 +390,8 @@ EVA_BATCHES = 16  # its directions hardly change after a few thousand tokens
 
 
 def by_data(model: Model, base, trainable, plan, data, devices):
-    """The factors as EVA begins them, from the first batches of the training data."""
+    """The factors as EVA begins them, from the first batches of the training data, and what to say of experts
+    that too few tokens reached."""
 
     def microbatches():
         for batch in itertools.islice(data.batches(0), EVA_BATCHES):
@@ -398,5 +402,13 @@ def by_data(model: Model, base, trainable, plan, data, devices):
             }
             yield from ({k: x[i] for k, x in whole.items()} for i in range(whole["tokens"].shape[0]))
 
-    out = lora_init.eva(model, base, trainable, plan, model.table, microbatches())
-    return jax.device_put(out, jax.tree.map(lambda x: x.sharding, trainable))
+    out, missing = lora_init.eva(model, base, trainable, plan, model.table, microbatches())
+    short = np.concatenate([*missing.values(), np.zeros(0, int)])
+    said = ""
+    if short.any():
+        said = (
+            f"EVA: the inputs of {np.count_nonzero(short)} of {len(short)} experts' weights in the first "
+            f"{EVA_BATCHES} batches span less than their rank; {short.sum()} components begin at random "
+            "directions instead"
+        )
+    return jax.device_put(out, jax.tree.map(lambda x: x.sharding, trainable)), said
