@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,11 @@ import numpy as np
 from ftjax.errors import UserError
 from ftjax.lora import Adapted, LoraConfig, Plan
 from ftjax.lora import plain as _plain
+from ftjax.lora_init import module_at
 from ftjax.ops.linear import output_norm
 from ftjax.weights import StackedLora, Table, flatten, is_leaf, module_of, unflatten
 
 Method = Literal["linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_ties"]
-METHODS = ("linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_ties")
 
 
 def combine(
@@ -41,8 +41,8 @@ def combine(
     the products. "dare_linear" and "dare_ties" (Yu et al. 2023, arXiv:2311.03099) keep a random share
     `density` and divide by it instead. UserError where methods and adapters do not fit.
     """
-    if method not in METHODS:
-        raise UserError(f"method={method!r}: one of {', '.join(METHODS)}")
+    if method not in get_args(Method):
+        raise UserError(f"method={method!r}: one of {', '.join(get_args(Method))}")
     if len(adapters) != len(weights) or not adapters:
         raise UserError(f"{len(adapters)} adapters and {len(weights)} weights: each adapter has one")
     thin = method not in ("linear", "cat", "svd")
@@ -55,12 +55,7 @@ def combine(
     if rank is not None and (rank < 1 or not method.endswith("svd")):
         raise UserError(f"rank={rank}: for svd and ties_svd, at least 1")
     plain = [_factors_only(plan, tree) for plan, tree in adapters]
-    rng = np.random.default_rng(seed)
-    drop: Callable = lambda x: random_drop(x, float(density or 1), rng)  # noqa: E731
-    if not method.startswith("dare"):
-        drop = lambda x: trim(x, float(density or 1))  # noqa: E731
-    if method == "svd" or method == "linear":
-        drop = lambda x: x  # noqa: E731
+    thinned = _thinning(method, density, seed)
     elect = majority if "ties" in method else None
 
     plan: Plan = {}
@@ -75,7 +70,9 @@ def combine(
         pairs = []
         for i in range(math.prod(lead)):
             given = [_matrix(one, leaves, i, w) for one, leaves, w in ones if one.ranks[i]]
-            pairs.append(_one(given, method, rank, drop, elect, path) if given else None)
+            pairs.append(
+                _one(given, method, rank, thinned, elect, module_at(table, path, i)) if given else None
+            )
         R = max(a.shape[1] for a, _ in filter(None, pairs))
         a = np.zeros((len(pairs), math.prod(ins), R), np.float32)
         b = np.zeros((len(pairs), R, math.prod(outs)), np.float32)
@@ -109,24 +106,37 @@ def _matrix(one: Adapted, leaves, i: int, weight: float):
     return a, b, weight, one.scales[i]
 
 
-def _one(given, method: Method, rank: int | None, drop, elect, path: str):
+def _thinning(method: Method, density: float | None, seed: int) -> Callable[[np.ndarray], np.ndarray]:
+    """What becomes of each tensor before they are joined."""
+    if density is None:
+        return lambda x: x
+    if not method.startswith("dare"):
+        return lambda x: trim(x, density)
+    rng = np.random.default_rng(seed)
+    return lambda x: random_drop(x, density, rng)
+
+
+def _one(given, method: Method, rank: int | None, thinned: Callable, elect, module: str):
     ranks = [a.shape[1] for a, *_ in given]
     if method == "cat":
         a = np.concatenate([a * np.float32(w * scale) for a, _, w, scale in given], 1)
         return a, np.concatenate([b for _, b, *_ in given], 0)
     if method.endswith("svd"):
-        deltas = [drop((a @ b) * np.float32(scale)) for a, b, _, scale in given]
+        deltas = [thinned((a @ b) * np.float32(scale)) for a, b, _, scale in given]
         u, s, vt = np.linalg.svd(_joined(deltas, elect, [w for *_, w, _ in given]), full_matrices=False)
         size = min(rank or max(ranks), len(s))
         root = np.sqrt(s[:size])
         return u[:, :size] * root, root[:, None] * vt[:size]
     if len(set(ranks)) > 1:
-        raise UserError(f"{method}: the adapters of {path} have ranks {ranks}; cat and svd take any")
+        raise UserError(
+            f"{method}: the adapters of {module} have ranks {ranks} (one that began by PiSSA or OLoRA "
+            "has twice its r); cat, svd and ties_svd take any"
+        )
     # the root of the weight goes to each factor, its sign to a
     both = [w * scale for *_, w, scale in given]
     roots = [math.sqrt(abs(x)) for x in both]
-    a = [drop(a) for a, *_ in given]
-    b = [drop(b) for _, b, *_ in given]
+    a = [thinned(a) for a, *_ in given]
+    b = [thinned(b) for _, b, *_ in given]
     signed = [root if x >= 0 else -root for root, x in zip(roots, both, strict=True)]
     return _joined(a, elect, signed), _joined(b, elect, roots)
 

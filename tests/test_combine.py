@@ -74,7 +74,14 @@ def test_svd_keeps_the_rank_that_is_asked_for(two, tmp_path):
     [
         (["{root}/one"], "two adapters at least"),
         (["{root}/one", "{root}/base"], "neither an adapter"),
-        (["{root}/one", "{root}/run", "--method", "linear"], "ranks"),
+        (
+            ["{root}/one", "{root}/run", "--method", "linear"],
+            "model.layers.0.self_attn.q_proj have ranks [4, 2]",
+        ),
+        (
+            ["{root}/one", "{root}/run", "--method", "ties", "--density", "0.5"],
+            "(one that began by PiSSA or OLoRA has twice its r); cat, svd and ties_svd take any",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(two, tmp_path, capsys, argv, said):
