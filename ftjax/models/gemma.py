@@ -13,7 +13,7 @@ import numpy as np
 
 from ftjax.models.common import ModelConfig
 from ftjax.models.decoder import ATTENTION, LAYER, MLP, MLP_NORM, O_BIAS, QK_NORM, QKV_BIAS, Block, Decoder
-from ftjax.ops import gelu_tanh_times, rms_norm
+from ftjax.ops import embed, gelu_tanh_times, rms_norm
 from ftjax.weights import Weight
 
 GELU = ("gelu_pytorch_tanh",)
@@ -83,9 +83,8 @@ class Gemma(Decoder):
         return from_zero(super().outer_rows(cfg))
 
     def embed(self, w, tokens_BT, positions_BT, segments_BT):
-        x_BTD = super().embed(w, tokens_BT, positions_BT, segments_BT)
         # the factor itself is rounded to the activations' dtype: 55.5 for sqrt(3072) in bfloat16
-        return x_BTD * jnp.asarray(self.cfg.hidden_size**0.5, x_BTD.dtype)
+        return embed(w["embed"], tokens_BT, segments_BT, self.options.dtype, scale=self.cfg.hidden_size**0.5)
 
     def finish(self, w, x_BTD):
         return rms_norm(x_BTD, w["final_norm"], self.cfg.rms_norm_eps, offset=1.0)

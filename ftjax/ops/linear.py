@@ -222,10 +222,13 @@ def lookup(w, ids, dtype):
     return w[ids].astype(dtype)
 
 
-def embed(w, tokens_BT, segments_BT, dtype):
-    """Rows of an embedding table [V, D] as [B, T, D]. NEFTune's noise has the width alpha / sqrt(T' D), T'
-    the length of the token's own document (segment), so that packing does not change it."""
+def embed(w, tokens_BT, segments_BT, dtype, scale: float | None = None):
+    """Rows of an embedding table [V, D], times `scale` rounded to `dtype`, as [B, T, D]. NEFTune's noise is
+    added to that and has the width alpha / sqrt(T' D), T' the length of the token's own document (segment),
+    so that packing does not change it."""
     x_BTD = lookup(w, tokens_BT, dtype)
+    if scale is not None:
+        x_BTD = x_BTD * jnp.asarray(scale, dtype)
     if not isinstance(w, NoisyEmbedding):
         return x_BTD
     length_BT = jnp.sum(segments_BT[:, :, None] == segments_BT[:, None, :], axis=-1)
