@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def few_maps():
-    """Compiled programs map memory and are kept; a process has 65,530 maps, and beyond them a compilation ends
+    """Compiled programs map memory and are kept; a process has 65,530 maps, beyond which a compilation ends
     in a crash. So they go when there are many."""
     yield
     maps = pathlib.Path("/proc/self/maps")
