@@ -14,17 +14,17 @@ ACT = LAYER + "mlp.act_fn."
 ROWS: Rows = {
     "attn_norm": Weight("D", LAYER + "attention_layernorm.weight", init="ones"),
     "mlp_norm": Weight("D", LAYER + "feedforward_layernorm.weight", init="ones"),
-    "alpha_p": Weight("I", ACT + "alpha_p", init="ones"),
-    "alpha_n": Weight("I", ACT + "alpha_n", init="ones"),
-    "beta": Weight("I", ACT + "beta", NUMBER, init="ones"),
-    "eps": Weight("I", ACT + "eps", NUMBER, init="zeros"),
+    "alpha_p": Weight("Z", ACT + "alpha_p", init="ones"),
+    "alpha_n": Weight("Z", ACT + "alpha_n", init="ones"),
+    "beta": Weight("Z", ACT + "beta", NUMBER, init="ones"),
+    "eps": Weight("Z", ACT + "eps", NUMBER, init="zeros"),
 }
 
 
 class ApertusConfig(LlamaConfig):
     @property
     def sizes(self):
-        return super().sizes | dict(I=1)
+        return super().sizes | dict(Z=1)
 
 
 class ApertusBlock(TwoMatrixBlock):
