@@ -320,6 +320,8 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     ),
     "starcoder2-no-bias": ("starcoder2", dict(use_bias=False, sliding_window=None, tie_word_embeddings=True)),
 }
+# variants that are proven as families are: their layers are of another kind
+WHOLE = ("gemma4-moe",)
 LENGTH = 23  # of the sequences: longer than any window
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FAMILIES, VARIANTS
+from cases import FAMILIES, VARIANTS, WHOLE
 from cases import LENGTH as T
 from cases import config as case_config
 
@@ -85,7 +85,7 @@ def case(request, tmp_path_factory) -> Case:
     return make_case(request.param, tmp_path_factory.getbasetemp())
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[*FAMILIES, *WHOLE])
 def family(request, tmp_path_factory) -> Case:
     return make_case(request.param, tmp_path_factory.getbasetemp())
 
