@@ -44,6 +44,8 @@ NEUTRAL: Mapping[str, tuple] = {
 
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's max_lora_rank can be
+# Classes whose experts are one tensor that vLLM adapts as PEFT does (`is_3d_moe_weight` in its models)
+VLLM_FUSED = frozenset(("GptOssForCausalLM", "Qwen3_5MoeForConditionalGeneration"))
 
 
 def save(
@@ -64,8 +66,9 @@ def save(
 
     With layout "peft", experts that transformers fuses go out as `target_parameters`. With "vllm", for
     loaders that read neither patterns nor use_rslora, every module has the checkpoint's name, each expert its
-    own tensors, scales are folded into B, and all have one rank that vLLM allows. "ftjax" says all that can
-    be tuned, by the checkpoint's names, and is read by nothing but `load`.
+    own tensors, scales are folded into B, and all have one rank that vLLM allows; experts that the checkpoint
+    keeps in one tensor go out as PEFT has them, for the models of which vLLM takes that. "ftjax" says all
+    that can be tuned, by the checkpoint's names, and is read by nothing but `load`.
 
     `base_name` (where the source is, unless given: for a GGUF file name the exported base) becomes
     base_model_name_or_path; the source and its fingerprint are kept in ftjax.json beside. The folder is
@@ -79,13 +82,16 @@ def save(
             raise UserError(f"the adapter of {path} has values that are not finite: it was not saved")
     base = hf.describe(source)
     own: dict[str, Any] = {"base": base}
-    view = keys.view(table, source.torch_name, stored=layout != "peft")
-    if layout == "vllm":
-        config, plan, factors = _uniform(config, plan, factors)
-    else:
-        own |= {"lora": dataclasses.asdict(config), "whole": _whole_names(plan, table)}
+    together = layout == "vllm" and _vllm_fuses(plan, table, source)
+    view = keys.view(table, source.torch_name, stored=layout != "peft" and not together)
     fused = keys.fused_plan(view, plan)
     tree = keys.fuse(view, plan, fused, factors)
+    if layout == "vllm":
+        config, fused, tree = _uniform(config, fused, tree)
+        if together:
+            _check_vllm_experts(fused, view)
+    else:
+        own |= {"lora": dataclasses.asdict(config), "whole": _whole_names(plan, table)}
     tensors = keys.encode(view, fused, tree)
     if layout == "ftjax":
         fields = {"peft_type": OWN_TYPE}
@@ -107,12 +113,29 @@ def save(
         if card is not None:
             (tmp / "README.md").write_text(card, encoding="utf-8")
         _, plan_again, again = read(tmp, table)
+        if layout == "vllm":  # parts of one tensor may come back with more of the rank than each had
+            _check_same(plan, factors, plan_again, flatten(again))
+            return Path(folder)
         assert plan_again == plan, "the adapter's config does not say what was trained"
         again = keys.fuse(view, plan, fused, flatten(again))
         again = keys.encode(view, fused, again)
         for name, x in again.items():  # a scale folded in and out rounds
             assert np.allclose(x, tensors[name], rtol=1e-6, atol=0), name
     return Path(folder)
+
+
+def check(config: LoraConfig, plan: Plan, table: Table) -> str | None:
+    """Why PEFT's format cannot say what `plan` trains, known before it is trained; None where it can."""
+    plan = {
+        path: dataclasses.replace(one, origin=False) if isinstance(one, Adapted) else one
+        for path, one in plan.items()
+    }
+    view = keys.view(table)
+    try:
+        _config_fields(config, keys.fused_plan(view, plan), view)
+    except Inexpressible as e:
+        return str(e)
+    return None
 
 
 def save_run(folder: str | os.PathLike, *args, **options) -> Path:
@@ -137,7 +160,7 @@ def _whole_names(plan: Plan, table: Table) -> list[str]:
 
 
 def _rest(plan: Plan, view: keys.View, source: hf.Source, written: set[str]) -> dict[str, np.ndarray]:
-    """What PEFT saves with a module that is trained in part: its other tensor, as the base has it."""
+    """What PEFT saves with a module that is trained in part: its other tensors, as the base has them."""
     _, may = keys.expected(view, plan)
     whole = {key for row in keys.whole_keys(view, plan).values() for key in row if key is not None}
     saved = {key.rpartition(".")[0] for key in whole if ".base_layer." not in key}
@@ -146,9 +169,52 @@ def _rest(plan: Plan, view: keys.View, source: hf.Source, written: set[str]) -> 
         stored = [view.base.names(part) for part in parts]
         for i, name in enumerate(view.table.names(path)):
             key = PREFIX + name
-            if key in may and key not in written and key.rpartition(".")[0] in saved and len(parts) == 1:
+            if key in may and key not in written and keys.within(key, saved) and len(parts) == 1:
                 out[key] = source.get(stored[0][i]).astype(np.float32)
     return out
+
+
+def _vllm_fuses(plan: Plan, table: Table, source: hf.Source) -> bool:
+    """Whether vLLM adapts the plan's experts in one tensor, as PEFT does. Inexpressible where the checkpoint
+    has them so and vLLM is not known to."""
+    tuned = {path for path, one in plan.items() if isinstance(one, Adapted) and table.rows[path].many}
+    if tuned and VLLM_FUSED & set(source.config.get("architectures") or ()):
+        return True
+    if any(table.together(path) for path in tuned):
+        names = sorted({table.rows[path].module for path in tuned if table.together(path)})
+        raise Inexpressible(
+            f"vLLM is not known to adapt this model's experts, which are one tensor ({', '.join(names)}): a "
+            "merged export has them"
+        )
+    return False
+
+
+def _check_vllm_experts(plan: Plan, view: keys.View) -> None:
+    """vLLM takes the adapter of `experts.base_layer` for that of gate and up, of `experts` for that of down,
+    and asks for both. Inexpressible where a layer's experts have one of them only."""
+    found = view.keys(plan).items()
+    prefixes = {key for path, row in found if view.table.together(path) for key in row if key is not None}
+    outer = {key for key in prefixes if not key.endswith(".base_layer")}
+    if prefixes != outer | {key + ".base_layer" for key in outer}:
+        raise Inexpressible(
+            "vLLM takes adapters of both of a layer's expert tensors or of neither: a merged export takes any"
+        )
+
+
+def _check_same(plan: Plan, factors, plan_again: Plan, again) -> None:
+    """Assert that two adapters do the same to random inputs, matrix by matrix."""
+
+    def acts(one: Any, flat, path: str) -> np.ndarray:
+        each = len(one.ranks)
+        a = flat[path + "/a"].reshape(each, -1, one.rank)
+        b = flat[path + "/b"].reshape(each, one.rank, -1)
+        x = np.random.default_rng(0).normal(size=(each, 1, a.shape[1])).astype(np.float32)
+        return x @ a @ b * np.array(one.scales, np.float32)[:, None, None]
+
+    for path, one in plan.items():
+        mine, theirs = acts(one, factors, path), acts(plan_again[path], again, path)
+        worst = np.abs(mine - theirs).max()  # a scale folded in and out rounds
+        assert worst <= 1e-5 * np.abs(mine).max(), (path, worst)
 
 
 def _uniform(config: LoraConfig, plan: Plan, factors):
@@ -264,7 +330,7 @@ def _saved_modules(config: LoraConfig, plan: Plan, view: keys.View) -> list[str]
                 "(--for hf) has it"
             )
         out.add(module)
-    return sorted(out) or None
+    return sorted(m for m in out if not any(m.startswith(other + ".") for other in out)) or None
 
 
 def _in_out(row: Weight) -> bool:
@@ -346,7 +412,7 @@ def read(folder: str | os.PathLike, table: Table) -> tuple[LoraConfig, Plan, dic
     mine = raw.get("peft_type") == OWN_TYPE
     given = LoraConfig() if mine else _read_config(folder / CONFIG, raw)
     file = _open_weights(folder)
-    view = _find_view(file, table)
+    view = _find_view(file, table, mine)
     own = _own_config(folder, raw, view)
     if mine and own is None:
         raise UserError(f"{folder / OWN} does not say how the adapter was made")
@@ -358,11 +424,14 @@ def read(folder: str | os.PathLike, table: Table) -> tuple[LoraConfig, Plan, dic
         again = keys.fuse(view, plan, fused, ours)
         if mine or all(np.allclose(again[path], x, rtol=1e-5, atol=0) for path, x in flat.items()):
             return config, plan, unflatten(ours)
+    untied = not given.ensure_weight_tying and lora.tied(table)
     try:
         config = _known_names(given, raw, view)
-        fused = lora.plan(config, view.table)
+        fused = lora.plan(dataclasses.replace(config, ensure_weight_tying=True), view.table)
     except UserError as e:
         raise UserError(f"{folder / CONFIG}: {e}") from None
+    if untied:
+        _check_tied(folder, file, fused, view)
     flat = _read_weights(folder / WEIGHTS, file, fused, view)
     plan = keys.guess_plan(view, fused, flat)
     flat = keys.unfuse(view, plan, fused, flat)
@@ -370,6 +439,21 @@ def read(folder: str | os.PathLike, table: Table) -> tuple[LoraConfig, Plan, dic
         config = _config_of(config, plan, table)
         assert lora.plan(config, table).keys() == plan.keys()
     return config, plan, unflatten(flat)
+
+
+def _check_tied(folder: Path, file: files.SafetensorsFile, plan: Plan, view: keys.View) -> None:
+    """UserError where the adapter parts what is one weight here, after all else of it was found to fit."""
+    one = {p for p, x in plan.items() if view.table.rows[p].role == "lookup" and not isinstance(x, Rows)}
+    if not one:
+        return
+    modules = [view.head, *(module_of(name) for path in one for name in view.table.names(path))]
+    rest = {path: x for path, x in plan.items() if path not in one}
+    _read_weights(folder / WEIGHTS, file, rest, view, tuple(f"{PREFIX}{module}." for module in modules))
+    raise UserError(
+        f"{folder / CONFIG}: ensure_weight_tying=false, PEFT's default: {modules[1]} or {modules[0]} was "
+        "saved untied, and in this model they are one weight: train it with ensure_weight_tying=true, or "
+        "merge it in PEFT into a base with tie_word_embeddings=false"
+    )
 
 
 def _plans(config: LoraConfig, table: Table, plan: Plan) -> bool:
@@ -399,17 +483,14 @@ def _config_of(config: LoraConfig, plan: Plan, table: Table) -> LoraConfig:
 NESTINGS = (("", ""), ("model.", "model.language_model."), ("", "language_model."))
 
 
-def _find_view(file: files.SafetensorsFile, table: Table) -> keys.View:
-    """The names, of those that the model's modules may have, that fit the most tensors of the file."""
-    found = {
-        re.sub(r"(\.base_layer)*\.(lora_|token_adapter).*", "", key.removeprefix(PREFIX))
-        for key in file.entries
-    }
+def _find_view(file: files.SafetensorsFile, table: Table, mine: bool) -> keys.View:
+    """The names, of those that the model's modules may have, that fit the most tensors of the file; of our
+    own layout the checkpoint's."""
     best, most = keys.view(table), -1
-    for stored in (False, True):
+    for stored in (True,) if mine else (False, True):
         for old, new in NESTINGS:
             view = keys.view(table, lambda name, old=old, new=new: _nested(name, old, new), stored=stored)
-            count = len(found & view.modules())
+            count = view.matches(file.entries)
             if count > most:
                 best, most = view, count
     return best
@@ -553,18 +634,22 @@ def _open_weights(folder: Path) -> files.SafetensorsFile:
 
 
 def _read_weights(
-    path: Path, file: files.SafetensorsFile, plan: Plan, view: keys.View
+    path: Path, file: files.SafetensorsFile, plan: Plan, view: keys.View, others: tuple[str, ...] = ()
 ) -> dict[str, np.ndarray]:
-    """Factors of the view's rows. UserError where the file has others than `plan` asks for."""
+    """Factors of the view's rows. UserError where the file has others than `plan` asks for, but for names
+    that begin with one of `others`, or they are not finite."""
     wanted, allowed = keys.expected(view, plan)
-    missing, extra = sorted(wanted - set(file.entries)), sorted(set(file.entries) - wanted - allowed)
+    found = {name for name in file.entries if not name.startswith(others)}
+    missing, extra = sorted(wanted - found), sorted(found - wanted - allowed)
     if missing:
         raise UserError(
-            f"{path}: missing {len(missing)} tensors that {CONFIG} promises: {files.few(missing)}"
+            f"{path}: missing {len(missing)} tensors that {CONFIG} promises: {files.few(missing)}; the file "
+            "is incomplete or of another base model"
         )
     if extra:
         raise UserError(
-            f"{path}: {len(extra)} tensors that {CONFIG} does not account for: {files.few(extra)}"
+            f"{path}: {len(extra)} tensors that {CONFIG} does not account for in this model: "
+            f"{files.few(extra)}; the adapter is of another base model, or {CONFIG} was changed"
         )
 
     def get(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -574,6 +659,9 @@ def _read_weights(
                 f"{path}: {name} has shape {list(x.shape)}, this base and {CONFIG} make it {list(shape)}: "
                 "the adapter is of another base model or rank"
             )
-        return x.astype(np.float32)
+        x = x.astype(np.float32)
+        if not np.isfinite(x).all():
+            raise UserError(f"{path}: {name} has values that are not finite")
+        return x
 
     return keys.decode(view, plan, get)

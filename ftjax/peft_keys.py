@@ -6,6 +6,7 @@ are parts of one parameter, their A factors stand side by side along the rank an
 diagonal.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -25,6 +26,7 @@ PREFIX = "base_model.model."
 EXPERT_NAMES = frozenset(("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"))
 # Experts kept [E, in, out] in a module that does not say so (Llama 4): PEFT takes inputs for outputs.
 UNMARKED = re.compile(r".*\.feed_forward\.experts\.\w+")
+FACTOR = re.compile(r"\.(lora_|token_adapter).*")
 
 
 class Inexpressible(UserError):
@@ -91,13 +93,18 @@ class View:
                 outer[module] = outer.get(module, 0) + 1
         return {path: out[path] for path in self.parts if path in out}
 
-    def modules(self) -> set[str]:
-        """Every module that could have keys."""
-        return {
-            name.removesuffix(".weight") if name.endswith(".weight") else name.rpartition(".")[0]
-            for path in self.parts
-            for name in self.table.names(path)
+    def matches(self, keys: Iterable[str]) -> int:
+        """How many of a file's keys could be of this view."""
+        names = {name for path in self.parts for name in self.table.names(path)}
+        modules = {
+            name.removesuffix(".weight")
+            if self.stored or name.endswith(".weight")
+            else name.rpartition(".")[0]
+            for name in names
         }
+        found = {key.removeprefix(PREFIX).replace(".base_layer", "") for key in keys}
+        factors = {key for key in found if FACTOR.search(key)}
+        return len({FACTOR.sub("", key) for key in factors} & modules) + len((found - factors) & names)
 
 
 def view(table: Table, rename: Callable[[str], str] = str, *, stored: bool = False) -> View:
@@ -389,8 +396,10 @@ def _tensor_shape(table: Table, path: str) -> tuple[int, ...]:
 
 
 def whole_keys(view: View, plan: Plan) -> dict[str, list[str | None]]:
-    """{path trained whole: the key of each of its tensors, None for one left alone}."""
-    wrapped = {key for keys in view.keys(plan).values() for key in keys}
+    """{path trained whole: the key of each of its tensors, None for one left alone}. A module is wrapped
+    once for each of its adapted parameters, and its own tensors are innermost."""
+    adapted = (key for keys in view.keys(plan).values() for key in keys if key is not None)
+    wraps = collections.Counter(re.sub(r"(\.base_layer)+$", "", key) for key in adapted)
     out: dict[str, list[str | None]] = {}
     for path, one in plan.items():
         if isinstance(one, Whole):
@@ -399,7 +408,7 @@ def whole_keys(view: View, plan: Plan) -> dict[str, list[str | None]]:
             out[path] = []
             for name, yes in zip(names, live, strict=True):
                 module, _, last = (PREFIX + name).rpartition(".")
-                inside = ".base_layer" if module in wrapped else ""
+                inside = ".base_layer" * wraps[module]
                 out[path].append(f"{module}{inside}.{last}" if yes else None)
     return out
 
@@ -466,12 +475,19 @@ def expected(view: View, plan: Plan) -> tuple[set[str], set[str]]:
     whole = {key for keys in whole_keys(view, plan).values() for key in keys if key is not None}
     saved = {key.rpartition(".")[0] for key in whole if key.endswith((".weight", ".bias"))}
     may |= {f"{module}.{last}" for module in saved for last in ("weight", "bias")}
+    names = (PREFIX + name for path in view.parts for name in view.table.names(path))
+    may |= {name for name in names if within(name, saved)}
     if any(_is_tied(view, path) for path in plan):
         head = PREFIX + view.head
         may |= {head + x for x in (".weight", ".base_layer.weight", ".lora_A.weight", ".lora_B.weight")}
         may.add(head + ".token_adapter.trainable_tokens_delta")
     must |= whole | set(row_keys(view, plan).values())
     return must, may - must
+
+
+def within(name: str, modules: set[str]) -> bool:
+    """Whether the tensor is in one of `modules`."""
+    return any(name[: dot.start()] in modules for dot in re.finditer(r"\.", name))
 
 
 # -- Settings

@@ -128,12 +128,26 @@ def edit(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def views(path):
+    file = files.SafetensorsFile(path)
+    return [(name, file.view(name)) for name in file.entries]
+
+
 def without(folder, part):
     path = folder / "adapter_model.safetensors"
-    file = files.SafetensorsFile(path)
-    tensors = {n: np.array(file.view(n)) for n in file.entries if part not in n}
+    rewrite(path, {n: np.array(x) for n, x in views(path) if part not in n})
+
+
+def rewrite(path, tensors):
     path.unlink()
     files.write_safetensors(path, {n: (x.shape, x.dtype) for n, x in tensors.items()}, tensors.__getitem__)
+
+
+def not_finite(folder):
+    file = folder / "adapter_model.safetensors"
+    tensors = {n: np.array(x) for n, x in views(file)}
+    tensors["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"][0, 0] = np.inf
+    rewrite(file, tensors)
 
 
 BROKEN = {
@@ -143,7 +157,7 @@ BROKEN = {
     ),
     "extra": (
         lambda f: edit(f, target_modules=["q_proj"]),
-        r"36 tensors that adapter_config.json does not account for: .* and 33 more",
+        r"36 tensors that adapter_config.json does not account for in this model: .* and 33 more",
     ),
     "rank": (lambda f: edit(f, r=5), r"lora_A.weight has shape \[4, .*another base model or rank"),
     "kind": (lambda f: edit(f, peft_type="IA3"), "peft_type='IA3' is not supported; supported: LORA"),
@@ -154,9 +168,18 @@ BROKEN = {
         r"missing 7 tensors .*layers.0.input_layernorm.weight",
     ),
     "parted": (
-        lambda f: edit(f, modules_to_save=["lm_head"]),
-        "ensure_weight_tying=false: .* are one weight",
+        lambda f: edit(f, modules_to_save=["lm_head"], ensure_weight_tying=False),
+        "ensure_weight_tying=false, PEFT's default: .* was saved untied, .* merge it in PEFT into a",
     ),
+    "parted, of another model": (
+        lambda f: (edit(f, modules_to_save=["lm_head"]), without(f, "layers.1.")),
+        "missing 14 tensors .* the file is incomplete or of another base model",
+    ),
+    "parted, of another shape": (
+        lambda f: edit(f, modules_to_save=["embed_tokens"], r=5),
+        r"lora_A.weight has shape \[4, .*another base model or rank",
+    ),
+    "not finite": (not_finite, r"layers.1.mlp.up_proj.lora_B.weight has values that are not finite"),
     "pissa": (lambda f: edit(f, init_lora_weights="pissa"), "init_lora_weights='pissa' is not supported"),
     "targets": (
         lambda f: edit(f, target_modules=["c_attn"]),

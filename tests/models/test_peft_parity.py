@@ -17,7 +17,7 @@ peft_library = pytest.importorskip("peft", reason="peft is not installed")
 pytestmark = pytest.mark.filterwarnings("error:.*adapter keys.*")
 
 EXPERT = r".*experts\.(1\.w1|1\.w3|2\.w3|0\.w2)"
-# name -> (case, LoRA's settings)
+# name -> (case, LoRA's settings, regexes of weights trained whole besides)
 KINDS = {
     "dora": ("llama", dict(use_dora=True)),
     "dora, patterns": (
@@ -55,6 +55,23 @@ KINDS = {
     "dense layers": ("deepseek_v3", dict(target_modules=("gate_proj", "up_proj", "kv_b_proj"))),
     "transposed experts": ("gpt_oss", dict(rank_pattern={"gate_up_proj": 2})),
     "unmarked experts": ("llama4_text", dict(rank_pattern={"down_proj": 2})),
+    # what is beside experts, in or near a module that is wrapped once for each of its parameters
+    "experts, bias": ("gpt_oss", dict(bias="all"), (r"experts\..*_bias",)),
+    "experts, bias of the adapted": ("gpt_oss", dict(bias="lora_only")),
+    "experts, saved router": ("gpt_oss", dict(exclude_modules=("router",), modules_to_save=("router",))),
+    "experts, saved modules in one another": (
+        "ernie4_5_moe",
+        dict(exclude_modules=("gate",), modules_to_save=("gate",)),
+    ),
+    "shared experts, saved gate": (
+        "qwen3_5_moe_text",
+        dict(exclude_modules=("shared_expert_gate",), modules_to_save=("shared_expert_gate",)),
+    ),
+    "unmarked experts, tokens": (
+        "llama4_text",
+        dict(trainable_token_indices=(1, 5, 7), modules_to_save=("norm",)),
+    ),
+    "dense layers, tokens": ("deepseek_v3", dict(trainable_token_indices=(1, 5, 7), bias="all")),
 }
 
 
@@ -85,10 +102,11 @@ def random_tree(case, config, plan):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_peft_loads_what_we_save(name, tmp_path_factory, tmp_path):
-    family, settings = KINDS[name]
+    family, settings, *whole = KINDS[name]
     case = make_case(family, tmp_path_factory.getbasetemp())
     config = lora.LoraConfig(**dict(r=4, lora_alpha=7) | settings)
-    plan = lora.plan(config, case.model.table)
+    plan = lora.plan(config, case.model.table, *whole)
+    assert peft.check(config, plan, case.model.table) is None
     adapters = random_tree(case, config, plan)
     peft.save(tmp_path / "a", plan, adapters, config, case.model.table, case.source)
     forward = jax.jit(case.model.logits)
@@ -171,7 +189,7 @@ def test_we_load_what_peft_saves(name, tmp_path_factory, tmp_path):
 def test_adapters_for_vllm(family, tmp_path_factory, tmp_path):
     """By the checkpoint's names, which PEFT converts, with one rank."""
     case = make_case(family, tmp_path_factory.getbasetemp())
-    config = lora.LoraConfig(r=4, lora_alpha=7, rank_pattern={"k_proj": 3}, use_rslora=True)
+    config = lora.LoraConfig(r=4, lora_alpha=7, rank_pattern={"o_proj": 3}, use_rslora=True)
     plan = lora.plan(config, case.model.table)
     adapters = random_tree(case, config, plan)
     peft.save(tmp_path / "a", plan, adapters, config, case.model.table, case.source, layout="vllm")
@@ -187,6 +205,89 @@ def test_adapters_for_vllm(family, tmp_path_factory, tmp_path):
     close(ours, case.torch_logits(with_peft(case, tmp_path / "a")))
 
 
+def test_experts_in_one_tensor_for_vllm(tmp_path_factory, tmp_path):
+    """As vLLM's 3-D loader reads them: A [experts · rank, in] and B [out, rank · experts], gate and up under
+    `experts.base_layer`, down under `experts`; with one rank and scale 1."""
+    case = make_case("gpt_oss", tmp_path_factory.getbasetemp())
+    table = case.model.table
+    config = lora.LoraConfig(r=4, lora_alpha=7, rank_pattern={"gate_up_proj": 3}, use_rslora=True)
+    plan = lora.plan(config, table)
+    adapters = random_tree(case, config, plan)
+    peft.save(tmp_path / "a", plan, adapters, config, table, case.source, layout="vllm")
+    written = json.loads((tmp_path / "a" / peft.CONFIG).read_text())
+    assert written["r"] == written["lora_alpha"] == 8 and not written["use_rslora"]
+    assert not written["rank_pattern"] and not written["alpha_pattern"]
+    file = files.SafetensorsFile(tmp_path / "a" / peft.WEIGHTS)
+    flat, experts = weights.flatten(adapters), case.model.config.num_local_experts
+    for name, inside in (("gate_up_proj", ".base_layer"), ("down_proj", "")):
+        path = next(p for p in plan if table.rows[p].hf.endswith("experts." + name))
+        key = f"base_model.model.model.layers.1.mlp.experts{inside}.lora_"
+        a, b = file.view(key + "A.weight"), file.view(key + "B.weight")
+        assert a.shape[0] == b.shape[1] == experts * 8
+        a, b = a.reshape(experts, 8, -1), b.reshape(len(b), 8, experts)
+        theirs = np.einsum("eri,ore->eio", a, b)
+        scale = np.reshape(plan[path].scales, plan[path].lead)[1, 0]
+        ours = np.einsum("ei...r,er...o->ei...o", flat[path + "/a"][1], flat[path + "/b"][1]) * scale
+        np.testing.assert_allclose(theirs, ours.reshape(theirs.shape), atol=1e-5)
+    forward = jax.jit(case.model.logits)
+    ours = forward(lora.attach(case.params, adapters, plan), case.tokens)
+    close(ours, case.torch_logits(with_peft(case, tmp_path / "a")))
+    _, plan_again, back = peft.load(tmp_path / "a", case.model, case.source)
+    close(forward(lora.attach(case.params, back, plan_again), case.tokens), ours)
+    config = lora.LoraConfig(r=4, target_modules=("q_proj", "experts.down_proj"))
+    plan = lora.plan(config, table)
+    with pytest.raises(peft.Inexpressible, match="both of a layer's expert tensors or of neither: a merged"):
+        adapters = random_tree(case, config, plan)
+        peft.save(tmp_path / "b", plan, adapters, config, table, case.source, layout="vllm")
+
+
+class Named:
+    """A source whose config has another class."""
+
+    def __init__(self, source, architecture):
+        self.source_, self.config = source, source.config | {"architectures": [architecture]}
+
+    def __getattr__(self, name):
+        return getattr(self.source_, name)
+
+
+def test_experts_apart_that_vllm_takes_in_one_tensor(tmp_path_factory, tmp_path):
+    """vLLM's class of Qwen3.5 MoE with images has the 3-D loader, whatever the checkpoint has: gate and up
+    side by side in one adapter."""
+    case = make_case("qwen3_5_moe_text", tmp_path_factory.getbasetemp())
+    config = lora.LoraConfig(r=5, lora_alpha=7, use_rslora=True)
+    plan = lora.plan(config, case.model.table)
+    adapters = random_tree(case, config, plan)
+    source = Named(case.source, "Qwen3_5MoeForConditionalGeneration")
+    peft.save(tmp_path / "a", plan, adapters, config, case.model.table, source, layout="vllm")
+    file = files.SafetensorsFile(tmp_path / "a" / peft.WEIGHTS)
+    experts = {n.split(".mlp.experts")[1]: s for n, (_, s, *_) in file.entries.items() if ".experts" in n}
+    count = case.model.config.num_experts
+    assert set(experts) == {f"{x}.lora_{y}.weight" for x in (".base_layer", "") for y in "AB"}
+    assert experts[".base_layer.lora_A.weight"][0] == experts[".lora_A.weight"][0] == count * 16
+    assert json.loads((tmp_path / "a" / peft.CONFIG).read_text())["r"] == 16
+    ours = jax.jit(case.model.logits)(lora.attach(case.params, adapters, plan), case.tokens)
+    close(ours, case.torch_logits(with_peft(case, tmp_path / "a")))
+
+
+@pytest.mark.parametrize("family", ["llama4_text", "granitemoe"])
+def test_experts_that_vllm_is_not_known_to_take(family, tmp_path_factory, tmp_path):
+    case = make_case(family, tmp_path_factory.getbasetemp())
+    config = lora.LoraConfig(r=4)
+    plan = lora.plan(config, case.model.table)
+    adapters = random_tree(case, config, plan)
+    args = (adapters, config, case.model.table, case.source)
+    with pytest.raises(peft.Inexpressible, match=r"experts, which are one tensor \(.*: a merged"):
+        peft.save(tmp_path / "a", plan, *args, layout="vllm")
+    # of the same model what is no expert is taken
+    config = lora.LoraConfig(r=4, target_modules=("q_proj", "o_proj"))
+    plan = lora.plan(config, case.model.table)
+    adapters = random_tree(case, config, plan)
+    peft.save(tmp_path / "b", plan, adapters, config, case.model.table, case.source, layout="vllm")
+    ours = jax.jit(case.model.logits)(lora.attach(case.params, adapters, plan), case.tokens)
+    close(ours, case.torch_logits(with_peft(case, tmp_path / "b")))
+
+
 # name -> (case, settings, regexes of weights trained whole, what is said)
 CANNOT = {
     "dora of experts": ("mixtral", dict(use_dora=True), (), "PEFT has no DoRA for parameters"),
@@ -199,6 +300,7 @@ CANNOT = {
     "no factors": ("llama", dict(target_modules=()), ("norm",), "factors on one module at least"),
     "a bias alone": ("llama-bias-rope3", dict(), (r"q_proj\.bias",), "q_proj.bias is part of one"),
     "a bare parameter": ("gpt_oss", dict(target_modules=("q_proj",)), ("sinks",), "sinks is part of one"),
+    "a bare parameter and experts": ("gpt_oss", dict(), ("sinks",), "sinks is part of one"),
     "one of two": ("mixtral", dict(target_modules=("w1",)), (r"w3",), "w3 are one tensor to PEFT"),
 }
 
@@ -213,6 +315,7 @@ def test_what_peft_cannot_say(name, tmp_path_factory, tmp_path, caplog):
     args = (plan, adapters, config, case.model.table, case.source)
     with pytest.raises(peft.Inexpressible, match=message) as said:
         peft.save(tmp_path / "a", *args)
+    assert peft.check(config, plan, case.model.table) == str(said.value)  # known before training
     assert "merge" in str(said.value) and not (tmp_path / "a").exists()
     # our own layout holds it all, and PEFT does not take it for one of its own
     peft.save_run(tmp_path / "b", *args)
