@@ -1,6 +1,7 @@
 """Every kind of adapter, out to PEFT and in from it: the logits of PEFT's model are ours."""
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -218,7 +219,7 @@ def test_experts_in_one_tensor_for_vllm(tmp_path_factory, tmp_path):
     assert written["r"] == written["lora_alpha"] == 8 and not written["use_rslora"]
     assert not written["rank_pattern"] and not written["alpha_pattern"]
     file = files.SafetensorsFile(tmp_path / "a" / peft.WEIGHTS)
-    flat, experts = weights.flatten(adapters), case.model.config.num_local_experts
+    flat, experts = weights.flatten(adapters), case.source.config["num_local_experts"]
     for name, inside in (("gate_up_proj", ".base_layer"), ("down_proj", "")):
         path = next(p for p in plan if table.rows[p].hf.endswith("experts." + name))
         key = f"base_model.model.model.layers.1.mlp.experts{inside}.lora_"
@@ -226,7 +227,8 @@ def test_experts_in_one_tensor_for_vllm(tmp_path_factory, tmp_path):
         assert a.shape[0] == b.shape[1] == experts * 8
         a, b = a.reshape(experts, 8, -1), b.reshape(len(b), 8, experts)
         theirs = np.einsum("eri,ore->eio", a, b)
-        scale = np.reshape(plan[path].scales, plan[path].lead)[1, 0]
+        one: Any = plan[path]
+        scale = np.reshape(one.scales, one.lead)[1, 0]
         ours = np.einsum("ei...r,er...o->ei...o", flat[path + "/a"][1], flat[path + "/b"][1]) * scale
         np.testing.assert_allclose(theirs, ours.reshape(theirs.shape), atol=1e-5)
     forward = jax.jit(case.model.logits)
@@ -258,11 +260,11 @@ def test_experts_apart_that_vllm_takes_in_one_tensor(tmp_path_factory, tmp_path)
     config = lora.LoraConfig(r=5, lora_alpha=7, use_rslora=True)
     plan = lora.plan(config, case.model.table)
     adapters = random_tree(case, config, plan)
-    source = Named(case.source, "Qwen3_5MoeForConditionalGeneration")
+    source: Any = Named(case.source, "Qwen3_5MoeForConditionalGeneration")
     peft.save(tmp_path / "a", plan, adapters, config, case.model.table, source, layout="vllm")
     file = files.SafetensorsFile(tmp_path / "a" / peft.WEIGHTS)
     experts = {n.split(".mlp.experts")[1]: s for n, (_, s, *_) in file.entries.items() if ".experts" in n}
-    count = case.model.config.num_experts
+    count = case.source.config["num_experts"]
     assert set(experts) == {f"{x}.lora_{y}.weight" for x in (".base_layer", "") for y in "AB"}
     assert experts[".base_layer.lora_A.weight"][0] == experts[".lora_A.weight"][0] == count * 16
     assert json.loads((tmp_path / "a" / peft.CONFIG).read_text())["r"] == 16
