@@ -363,9 +363,9 @@ def _plan_bias(config: LoraConfig, table: Table, adapted: set[str]) -> dict[str,
     owners = {module_of(name) for name in adapted}
 
     def chosen(name: str) -> bool:
-        if not name.endswith("bias") or name.endswith("correction_bias"):  # a router's, which no gradient has
+        if not name.endswith(".bias"):  # as PEFT: no parameter that is only called so (gate_up_proj_bias)
             return False
-        return config.bias == "all" or re.sub(r"[._]bias$", "", name) in owners
+        return config.bias == "all" or name.removesuffix(".bias") in owners
 
     found = {path: [chosen(name) for name in table.names(path)] for path in table.rows}
     return {path: live for path, live in found.items() if any(live)}

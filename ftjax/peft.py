@@ -320,7 +320,7 @@ def _saved_modules(config: LoraConfig, plan: Plan, view: keys.View) -> list[str]
     every = [name for path in view.parts for name in view.table.names(path)]
     for name, key in whole.items():
         inside = ".base_layer." in key and config.bias == "lora_only"
-        if inside or (config.bias == "all" and name.endswith("bias")):
+        if inside or (config.bias == "all" and name.endswith(".bias")):
             continue
         module, _, last = name.rpartition(".")
         plain = last in ("weight", "bias") and PREFIX + module not in wrapped

@@ -1,12 +1,16 @@
 """A mixture's router losses: the same however a batch is cut where they are sums, and as the formulas say."""
 
+import json
+import pathlib
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
-from ftjax import models, train, weights
+from ftjax import cli, files, hf, models, train, weights
 from ftjax.errors import UserError
 from ftjax.objectives.router import RouterLoss
 from ftjax.objectives.sft import sft_loss
@@ -92,3 +96,37 @@ def test_balance_is_learnt():
 def test_options_are_checked():
     with pytest.raises(UserError, match=r"train.router_z_loss_coef=-1: 0 \(off\) or more"):
         train.TrainOptions(router_z_loss_coef=-1)
+
+
+def test_a_run_of_a_mixture(tmp_path):
+    """Experts and router adapted with DoRA: the router's loss is reported, and what PEFT cannot hold is said
+    before the first step and kept in our own format."""
+    base = pathlib.Path(__file__).parent / "assets" / "tiny_model"
+    tiny_config = json.loads((base / "config.json").read_text())
+    model = moe(vocab_size=tiny_config["vocab_size"])
+    flat = weights.flatten(weights.init(jax.random.key(0), model.table))
+    tensors = {n: x for path in flat for n, x in weights.to_hf(model.table, path, flat[path]).items()}
+    folder = shutil.copytree(base, tmp_path / "moe")
+    kept = {k: v for k, v in tiny_config.items() if k.endswith("_token_id")}
+    changes = dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2, num_hidden_layers=2)
+    config = tiny.CONFIG | changes | kept | {"vocab_size": tiny_config["vocab_size"]}
+    files.write_json(folder / "config.json", config)
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    entries = {n: (x.shape, x.dtype) for n, x in tensors.items()}
+    files.write_safetensors(folder / "model.safetensors", entries, tensors.__getitem__)
+    messages = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "ran and saw"}]
+    (tmp_path / "train.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 8)
+    run = tmp_path / "run"
+    settings = dict(
+        model=folder, output=run, lora="{r: 2, use_dora: true, target_modules: [w1, w2, w3, gate]}",
+        train="{max_steps: 2, batch_size: 4, dtype: float32, router_aux_loss_coef: 0.1}",
+        mesh="{fsdp: 4, tp: 2}", report="{tensorboard: false}",
+        data=f"{{train: {tmp_path / 'train.jsonl'}, max_length: 64, cache_dir: {tmp_path / 'cache'}}}",
+    )  # fmt: skip
+    assert cli.main(["sft", *(f"{k}={v}" for k, v in settings.items())]) == 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert any("in ftjax's own format, not PEFT's" in line.get("message", "") for line in lines)
+    assert any(line.get("router_balance", 0) >= 1.9 for line in lines)  # even routing of two gives 2
+    assert cli.main(["export", str(run), "--for", "vllm"]) == 0
+    assert ".experts.3.w2.weight" in " ".join(hf.open_model(run / "export/vllm").names())  # merged

@@ -170,6 +170,8 @@ def start(
             reporter.event(first, f"going on from the checkpoint of step {first}")
         elif began:
             reporter.event(first, began)
+        if cfg.lora and (why := peft.check(cfg.lora, plan or {}, model.table)):
+            reporter.event(first, f"the adapter will be kept in ftjax's own format, not PEFT's: {why}")
         share = count / model.table.count()
         reporter.say(
             f"{total_steps} steps; {count:,} weights are trained, {share:.2%} of the model's. Compiling …"

@@ -57,7 +57,7 @@ KINDS = {
     "transposed experts": ("gpt_oss", dict(rank_pattern={"gate_up_proj": 2})),
     "unmarked experts": ("llama4_text", dict(rank_pattern={"down_proj": 2})),
     # what is beside experts, in or near a module that is wrapped once for each of its parameters
-    "experts, bias": ("gpt_oss", dict(bias="all"), (r"experts\..*_bias",)),
+    "experts, bias": ("gpt_oss", dict(bias="all")),
     "experts, bias of the adapted": ("gpt_oss", dict(bias="lora_only")),
     "experts, saved router": ("gpt_oss", dict(exclude_modules=("router",), modules_to_save=("router",))),
     "experts, saved modules in one another": (
@@ -127,6 +127,14 @@ def test_peft_loads_what_we_save(name, tmp_path_factory, tmp_path):
 
 # name -> (case, PEFT's settings)
 THEIRS = {
+    "transposed experts, bias": (
+        "gpt_oss",
+        dict(
+            target_modules=["q_proj"],
+            target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+            bias="all",
+        ),
+    ),
     "dora": ("llama", dict(use_dora=True, target_modules=["q_proj", "embed_tokens"])),
     "embedding and head": ("llama", dict(target_modules=["q_proj", "embed_tokens", "lm_head"])),
     "tied embedding": ("llama-tied", dict(target_modules=["embed_tokens"], ensure_weight_tying=True)),
