@@ -36,32 +36,18 @@ MODELS = {
 }
 
 
-def lower(config: dict):
-    """The traced step of a model with `config`, and its lowering."""
+def lower(raw: dict, *settings: str):
+    """The traced step of a model with the config.json `raw`, and its lowering; `settings` are a run's."""
     import jax
-    import jax.numpy as jnp
 
-    from ftjax import lora, models, optim, train, weights
-    from ftjax.objectives.sft import sft_loss
+    from ftjax import config, mesh, models
+    from ftjax.recipes import program, sft
 
-    model = models.from_config(config).with_options(dtype=jnp.bfloat16)
-    plan = lora.plan(lora.LoraConfig(), model.table)
-
-    def params_of(trainable, frozen, rng):
-        return lora.attach(frozen, trainable, plan, rng=rng)
-
-    frozen = weights.abstract(model.table, jnp.bfloat16)
-    trainable = lora.abstract(plan, model.table)
-    tx, _ = optim.make_optimizer(optim.OptimOptions(), trainable, 100, model.table)
-    scalar = jax.ShapeDtypeStruct((), jnp.int32)
-    finite = jax.ShapeDtypeStruct((), jnp.bool_)
-    state = train.TrainState(scalar, trainable, jax.eval_shape(tx.init, trainable), finite)
-    tokens = jax.ShapeDtypeStruct((1, 2, 64), jnp.int32)
-    batch = dict.fromkeys(("tokens", "segments", "positions"), tokens)
-    batch["loss_weight"] = jax.ShapeDtypeStruct(tokens.shape, jnp.float32)
-    loss_fn = sft_loss(model, params_of, chunk=32, frozen_head=model.head_path not in plan)
-    traced = train.make_train_step(loss_fn, tx, 0).trace(state, frozen, batch)
-    return traced, traced.lower()
+    given = ["model=random", "output=none", "data.train=none", "train.unroll=1", "train.loss_chunk=32"]
+    cfg = config.load(None, [*given, "data.max_length=64", "train.batch_size=2", *settings], "sft")
+    model = program.with_options(models.from_config(raw), cfg)
+    step = program.plan_step(cfg, model, sft.make_loss, mesh.make_mesh(cfg.mesh, jax.devices()[:1]))
+    return step.trace(), step.lower()
 
 
 def config(name: str, layers: int) -> dict:

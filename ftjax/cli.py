@@ -8,6 +8,7 @@ import importlib
 import os
 import pathlib
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -84,6 +85,12 @@ VERBS = {
         "Example:\n  ftjax data render examples.jsonl --model Qwen/Qwen3-0.6B",
         "ftjax.recipes.data",
     ),
+    "plan": Verb(
+        "what a run would take on a TPU slice or GPUs, before it is rented",
+        "ftjax plan CONFIG.yaml --on v5e-16 [--help for its options]",
+        "Example:\n  ftjax plan config.yaml --on v5e-16",
+        "ftjax.recipes.plan",
+    ),
     "schema": Verb(
         "print the JSON Schema of a recipe's config, for editors",
         "ftjax schema sft|dpo",
@@ -93,12 +100,13 @@ VERBS = {
     ),
 }
 # These have flags, and print their own --help
-OWN_HELP = ("quickstart", "chat", "export", "add-tokens", "combine", "data")
+OWN_HELP = ("quickstart", "plan", "chat", "export", "add-tokens", "combine", "data")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code."""
     from_shell = argv is None
+    host.began = time.perf_counter()
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(argv)
@@ -187,14 +195,16 @@ def _help() -> str:
 def environment_defaults() -> None:
     """What the command line sets before JAX is imported; a program that imports ftjax sets its own.
 
-    Compiled programs are kept in ~/.cache/ftjax/jax (JAX_COMPILATION_CACHE_DIR), since compiling is most of a
-    short run's time; XLA's informational log lines are off (TF_CPP_MIN_LOG_LEVEL); freed memory is kept.
+    Compiled programs, all of them, are kept in ~/.cache/ftjax/jax (JAX_COMPILATION_CACHE_DIR; off by
+    JAX_ENABLE_COMPILATION_CACHE=0), since compiling is most of a short run's time; XLA's informational log
+    lines are off (TF_CPP_MIN_LOG_LEVEL); freed memory is kept.
     """
     if "jax" not in sys.modules:  # its threads must not run yet
         host.keep_freed_memory()
+        host.drop_late_callbacks()
     cache = pathlib.Path(os.environ.get("FTJAX_CACHE") or "~/.cache/ftjax").expanduser() / "jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -230,7 +240,7 @@ def _of_the_machine(error: OSError | MemoryError) -> str | None:
     reason = reasons.get(error.errno or 0)
     if reason is None:
         return None
-    later = "; earlier checkpoints are intact" if error.errno in full else ""
+    later = "; what was saved before is intact, and the same command goes on from it" * (error.errno in full)
     return f"{reason}{where}{later}"
 
 

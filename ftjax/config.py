@@ -23,12 +23,16 @@ from typing import Any, ClassVar, Literal
 import pydantic
 import yaml
 
+from ftjax import quant
 from ftjax.checkpoint import CheckpointOptions
 from ftjax.data.options import DataOptions
+from ftjax.distributed import DistributedOptions
 from ftjax.errors import UserError
 from ftjax.lora import LoraConfig
 from ftjax.mesh import MeshOptions
 from ftjax.optim import OptimOptions
+from ftjax.profile import ProfileOptions
+from ftjax.quant import QuantOptions
 from ftjax.report import ReportOptions
 from ftjax.train import EvalOptions, TrainOptions
 
@@ -71,18 +75,37 @@ class RunConfig:
     """The examples, and how they become rows of tokens."""
     lora: LoraConfig | None = dataclasses.field(default_factory=LoraConfig)
     """Low-rank factors; `lora: null` tunes every weight instead."""
+    quant: QuantOptions | None = None
+    """Hold the frozen base in few bits; null: in train.dtype."""
     optim: OptimOptions = dataclasses.field(default_factory=OptimOptions)
     """Optimiser and learning rate."""
     train: TrainOptions = dataclasses.field(default_factory=TrainOptions)
     """How long, in what batches and in what precision."""
-    mesh: MeshOptions = dataclasses.field(default_factory=MeshOptions)
-    """How the devices share the work."""
+    mesh: MeshOptions | Literal["auto"] = dataclasses.field(default_factory=MeshOptions)
+    """How the devices share the work: the axes of a mesh, or `auto`, by what divides and fits."""
+    distributed: DistributedOptions = dataclasses.field(default_factory=DistributedOptions)
+    """How the processes of a run on several hosts find one another; one host needs none of it."""
     eval: EvalOptions = dataclasses.field(default_factory=EvalOptions)
     """Evaluation while training."""
     checkpoint: CheckpointOptions = dataclasses.field(default_factory=CheckpointOptions)
     """What is saved to resume from."""
     report: ReportOptions = dataclasses.field(default_factory=ReportOptions)
     """What a run writes while it trains."""
+    profile: bool | ProfileOptions = False
+    """Trace a few steps and report where their time went; true, or a section that says which steps."""
+
+    def __post_init__(self):
+        if self.lora is not None and self.lora.init_lora_weights == "loftq":
+            if self.quant is None:
+                raise UserError(
+                    "lora.init_lora_weights=loftq begins at what quantising takes off the base: set "
+                    "quant.kind"
+                )
+            if getattr(self, "recipe", "") == "dpo":
+                raise UserError(
+                    "lora.init_lora_weights=loftq: the reference model of dpo is the base without the "
+                    "factors, and so not what the policy begins at: use another"
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,6 +156,16 @@ NO_EFFECT: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     ),
     (("optim.eps",), lambda c: c.optim.name not in ("adamw", "muon"), "{optim.name} does not use it"),
     (
+        ("optim.state_dtype", "optim.offload"),
+        lambda c: c.optim.name == "adafactor",
+        "adafactor's moments are factored: a few numbers a row and column",
+    ),
+    (
+        ("train.mlp_chunk",),
+        lambda c: c.train.mlp_chunk is not None and c.train.mlp_chunk >= c.data.max_length,
+        "no row is longer than {data.max_length}",
+    ),
+    (
         ("optim.decay_ratio",),
         lambda c: c.optim.schedule != "wsd",
         "only schedule: wsd has it, not {optim.schedule}",
@@ -153,7 +186,22 @@ NO_EFFECT: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         lambda c: c.lora is not None,
         "lora trains nothing of the base; lora.exclude_modules leaves weights without factors",
     ),
+    (
+        ("train.label_smoothing", "train.z_loss_coef"),
+        lambda c: c.recipe == "dpo",
+        "the loss of ftjax dpo is of pairs; dpo.label_smoothing is its own",
+    ),
     (("train.epochs",), lambda c: c.train.max_steps is not None, "train.max_steps is given, and decides"),
+    (
+        ("quant",),
+        lambda c: c.lora is None,
+        "lora is null: full tuning trains the base, which in few bits cannot be trained",
+    ),
+    (
+        ("quant.double",),
+        lambda c: c.quant is not None and c.quant.kind not in quant.DOUBLE,
+        "the scales of {quant.kind} are not quantised",
+    ),
     (
         ("data.buckets",),
         lambda c: c.data.packing != "none",
@@ -345,7 +393,7 @@ def _override(document: _Document, text: str) -> None:
             part = str(part)
             if last:
                 parent[part] = value
-            elif parent.get(part) is None:
+            elif parent.get(part) is None or parent[part] is True:  # true: a section's defaults
                 parent[part] = {}
                 document.places[path[: depth + 1]] = name
         else:
@@ -558,14 +606,16 @@ def load(
     """The config of a YAML file and `key.sub=value` overrides, later ones winning; without a file, of these
     alone.
 
-    `recipe` is the verb; without it the file's own `recipe` decides. UserError, with every complaint and its
-    place, for unknown or repeated keys, wrong types, and keys that have no effect in this run.
+    `recipe` is the verb; without it the file's own `recipe` decides, or its sections. UserError, with every
+    complaint and its place, for unknown or repeated keys, wrong types, and keys that have no effect in this
+    run.
     """
     document = _Document({}, {}) if path is None else _read_file(os.fspath(path))
     for text in overrides:
         _override(document, text)
     written = document.value.get("recipe")
-    recipe = recipe or written or "sft"
+    of_keys = (name for name, one in RECIPES.items() if set(document.value) <= set(_fields(one)))
+    recipe = recipe or written or next(of_keys, "sft")
     if recipe not in RECIPES or (written or recipe) != recipe:
         if written in RECIPES:
             raise UserError(
@@ -631,20 +681,33 @@ def differences(saved: str | os.PathLike, config: RunConfig, ignore: Sequence[st
     `ignore` names sections or keys that may differ; where the output lies always may.
     """
 
-    def flat(value, path=""):
-        if isinstance(value, dict) and value:
-            return {
-                k: v for name, x in value.items() for k, v in flat(x, f"{path}.{name}".strip(".")).items()
-            }
-        return {path: value}
-
-    old, new = flat(_read_file(os.fspath(saved)).value), flat(resolved(config))
-    free = ("output", *ignore)
+    old, new = _flat(_read_file(os.fspath(saved)).value, ignore), _flat(resolved(config), ignore)
     return [
-        f"{key}: {_shown(old, key)} -> {_shown(new, key)}"
-        for key in old | new
-        if _shown(old, key) != _shown(new, key) and not any(key == f or key.startswith(f + ".") for f in free)
+        f"{key}: {_shown(old, key)} -> {_shown(new, key)}" for key in old | new if not _same(old, new, key)
     ]
+
+
+def settings(config: RunConfig, ignore: Sequence[str] = ()) -> dict[str, str]:
+    """{"optim.lr": "0.0001", …} of all that has an effect, less those that `differences` ignores."""
+    values = _flat(resolved(config), ignore)
+    return {key: _shown(values, key) for key in values}
+
+
+def _flat(value: Any, ignore: Sequence[str], path: str = "") -> dict[str, Any]:
+    if path in ("output", *ignore):
+        return {}
+    if not isinstance(value, dict) or not value:
+        return {path: value}
+    parts = (_flat(x, ignore, f"{path}.{name}".strip(".")) for name, x in value.items())
+    return {k: v for part in parts for k, v in part.items()}
+
+
+def _same(old: dict, new: dict, key: str) -> bool:
+    """A number may be written as 32 or 32.0; true is not 1."""
+    one, other = old.get(key), new.get(key)
+    if isinstance(one, float) or isinstance(other, float):
+        return one == other
+    return _shown(old, key) == _shown(new, key)
 
 
 def _shown(values: dict, key: str) -> str:

@@ -163,7 +163,7 @@ def writing(folder: str | os.PathLike, size: int = 0, overwrite: bool = False) -
             )
         tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
     except OSError as e:
-        raise UserError(f"{folder}: cannot be written: {e.strerror}") from None
+        raise _full(folder, e) or UserError(f"{folder}: cannot be written: {e.strerror}") from None
     try:
         tmp.chmod(0o777 & ~_umask())
         yield tmp
@@ -175,11 +175,16 @@ def writing(folder: str | os.PathLike, size: int = 0, overwrite: bool = False) -
         if old is not None:
             shutil.rmtree(old)
     except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{folder}: disk full; nothing was changed") from None
-        raise
+        raise _full(folder, e) or e from None
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
+
+
+def _full(folder: Path, error: OSError) -> UserError | None:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        said = "disk full; nothing was changed: free some space, then run the same command again"
+        return UserError(f"{folder}: {said}")
+    return None
 
 
 def _umask() -> int:

@@ -1,11 +1,13 @@
-"""Text from a model: prompts are prefilled into a key/value cache, then decoded a chunk of tokens at a time.
+"""Text from a model: prompts are prefilled, placed in the rows of a key/value cache, and decoded a chunk of
+tokens at a time.
 
-Prefill and decode are compiled apart, for lengths rounded up to a few buckets. A batch's prompts are padded
-on the left. What all prompts begin with (an instruction, few-shot examples) is prefilled once and copied to
-every row. Between chunks the host looks for stop strings and hands text on; within one, nothing leaves the
-device.
+Prefill and decode are compiled apart, for lengths rounded up to a few buckets. What all prompts begin with
+(an instruction, few-shot examples) is prefilled once and copied to every row; so is a prompt of which several
+samples are asked. Between chunks the host looks for stop strings, hands text on and gives the rows of answers
+that have ended to prompts that wait; within one, nothing leaves the device.
 """
 
+import collections
 import dataclasses
 import json
 import logging
@@ -22,7 +24,7 @@ from flax import struct
 from ftjax import adapters, lora
 from ftjax.errors import UserError
 from ftjax.models import Cache, Model
-from ftjax.weights import LoraWeight, NoisyEmbedding, RowsWeight, StackedLora, is_leaf
+from ftjax.weights import LoraWeight, NoisyEmbedding, QuantWeight, RowsWeight, StackedLora, is_leaf
 
 log = logging.getLogger("ftjax")
 
@@ -52,9 +54,12 @@ class GenerateOptions:
     repetition_penalty: float = 1.0
     """Makes tokens that were already in prompt or answer less likely; 1 is off."""
     seed: int = 0
-    """The same seed, prompt and place in the list give the same answer."""
+    """The same seed, prompt, place in the list and number of the sample give the same answer."""
     stop: tuple[str, ...] = ()
     """The answer ends before the first of these that its text contains."""
+    merge: bool = True
+    """Fold an adapter into the weights before generating: nothing to compute beside them. Without it the base
+    is left as it is, for one that several adapters share; weights kept quantised are never folded into."""
 
     def __post_init__(self):
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -83,8 +88,8 @@ class Completion:
     tokens: tuple[int, ...]  # as generated, the end token or the stop string's tokens included
     finish: str  # "stop": an end token or a stop string; "length": max_new_tokens or the context
     prompt_tokens: int
-    prefill_s: float  # of the batch it was in, compilation not counted
-    decode_s: float
+    prefill_s: float  # of the prompts it was prefilled with, compilation not counted
+    decode_s: float  # from then on until its end was seen, what others were prefilled for included
 
     @property
     def new_tokens(self) -> int:
@@ -146,31 +151,40 @@ def filter_logits(logits_BV, seen_BV, filters: Filters, n: Mapping[str, Any]):
     return logits_BV
 
 
-def choose(logits_BV, seen_BV, filters: Filters, n: Mapping[str, Any], ids_B, index):
-    """The next token of each row, int32 [B]. A row's draw depends on (seed, its id, `index`: the tokens it
-    made before)."""
+def choose(logits_BV, seen_BV, filters: Filters, n: Mapping[str, Any], ids_B, samples_B, index_B):
+    """The next token of each row, int32 [B]. A row's draw depends on (seed, its id, which sample of it this
+    is, `index`: the tokens it made before)."""
     logits_BV = filter_logits(logits_BV, seen_BV, filters, n)
     if filters.greedy:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
-    def draw(row, logits_V):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(n["seed"]), row), index)
+    def draw(logits_V, *path):
+        key = jax.random.key(n["seed"])
+        for one in path:
+            key = jax.random.fold_in(key, one)
         return jax.random.categorical(key, logits_V)
 
-    return jax.vmap(draw)(ids_B, logits_BV).astype(jnp.int32)
+    return jax.vmap(draw)(logits_BV, ids_B, samples_B, index_B).astype(jnp.int32)
+
+
+class Rows(struct.PyTreeNode):
+    """Answers in the making, [B] each."""
+
+    token: jax.Array  # the last one chosen, not yet in the cache
+    position: jax.Array  # its position
+    left: jax.Array  # tokens the row may still make
+    done: jax.Array
+    made: jax.Array  # tokens chosen so far
+    ids: jax.Array  # what the row's random numbers are drawn from, with
+    samples: jax.Array  # … which of its prompt's answers it is
+    seen: jax.Array | None  # [B, V] tokens of prompt and answer, with a repetition penalty
 
 
 class State(struct.PyTreeNode):
     """A batch between two chunks."""
 
     cache: Cache
-    token: jax.Array  # [B] the last one chosen, not yet in the cache
-    position: jax.Array  # [B] its position
-    left: jax.Array  # [B] tokens the row may still make
-    done: jax.Array  # [B]
-    made: jax.Array  # tokens chosen so far, a scalar
-    ids: jax.Array  # [B] what the row's random numbers are drawn from
-    seen: jax.Array | None  # [B, V] tokens of prompt and answer, with a repetition penalty
+    rows: Rows
 
 
 class _Program:
@@ -199,8 +213,9 @@ class _Programs:
     def __init__(self, model: Model):
         self.model = model
         self.prefix = _Program(self._prefix)
-        self.spread = _Program(self._spread)
-        self.prefill = _Program(self._prefill, donate=(2,))
+        self.start = _Program(self._start)
+        self.prefill = _Program(self._prefill)
+        self.place = _Program(self._place, donate=(1,))
         self.decode = _Program(self._decode, donate=(2,))
 
     @classmethod
@@ -216,56 +231,86 @@ class _Programs:
         row = jnp.arange(T, dtype=jnp.int32)[None]
         return self.model(params, tokens_T[None], row, jnp.ones((1, T), jnp.int32), cache)[1]
 
-    def _spread(self, size: tuple[int, int], prefix: Cache | None):
-        """An empty cache of `size` (rows, slots), its first slots those of `prefix`."""
-        cache = self.model.init_cache(*size)
-        return cache if prefix is None else cache.begin(prefix)
-
-    def _prefill(self, filters, params, state: State, tokens_BT, positions_BT, eos, n):
-        segments_BT = (positions_BT >= 0).astype(jnp.int32)
-        hidden_BTD, cache, _ = self.model(
-            params, tokens_BT, jnp.maximum(positions_BT, 0), segments_BT, state.cache
+    def _start(self, static):
+        """A batch of `size` free rows, for prompts of up to `prompt` slots and answers of up to `ring`."""
+        size, prompt, ring, penalty = static
+        zeros = jnp.zeros(size, jnp.int32)
+        return State(
+            cache=self.model.init_cache(size, prompt + ring, prompt=prompt),
+            rows=Rows(
+                token=zeros,
+                position=zeros,
+                left=zeros,
+                done=jnp.ones(size, bool),
+                made=zeros,
+                ids=zeros.astype(jnp.uint32),
+                samples=zeros.astype(jnp.uint32),
+                seen=jnp.zeros((size, self.model.config.vocab_size), bool) if penalty else None,
+            ),
         )
-        state = state.replace(cache=cache, position=positions_BT[:, -1])
-        return self._next(filters, params, state, hidden_BTD[:, -1], eos, n)
 
-    def _next(self, filters, params, state: State, hidden_BD, eos, n):
-        logits_BV = self.model.unembed(self.model.head(params), hidden_BD)
-        token = choose(logits_BV, state.seen, filters, n, state.ids, state.made)
-        token = jnp.where(state.done, state.token, token)
-        left = state.left - 1
-        seen = state.seen
+    def _prefill(self, _static, params, prefix: Cache | None, tokens_RT, positions_RT):
+        """(a cache of the prompts' own, after `prefix`, the float32 logits [R, V] of what follows)."""
+        R, T = tokens_RT.shape
+        cache = self.model.init_cache(R, T if prefix is None else prefix.segments.shape[1] + T)
+        cache = cache if prefix is None else cache.begin(prefix)
+        segments_RT = (positions_RT >= 0).astype(jnp.int32)
+        hidden_RTD, cache, _ = self.model(params, tokens_RT, jnp.maximum(positions_RT, 0), segments_RT, cache)
+        return cache, self.model.unembed(self.model.head(params), hidden_RTD[:, -1])
+
+    def _place(self, filters, state: State, prompts, at_M, rows_M, count, new: Rows, eos, n):
+        """The first `count` of M answers begin: in row rows_M[i] goes the prompt at_M[i] of `prompts`, which
+        is what `prefill` returned, with its first token. Entries after `count` have a row beyond the last."""
+        cache, logits_RV = prompts
+
+        def put(i, whole):
+            return whole.place(rows_M[i], cache, at_M[i])
+
+        whole = jax.lax.fori_loop(0, count, put, state.cache)
+        new = self._next(filters, new, logits_RV[at_M], eos, n)
+        rows = jax.tree.map(lambda x, y: x.at[rows_M].set(y, mode="drop"), state.rows, new)
+        return State(whole, rows)
+
+    def _next(self, filters, rows: Rows, logits_BV, eos, n) -> Rows:
+        token = choose(logits_BV, rows.seen, filters, n, rows.ids, rows.samples, rows.made)
+        token = jnp.where(rows.done, rows.token, token)
+        left = rows.left - 1
+        seen = rows.seen
         if seen is not None:
             seen = seen.at[jnp.arange(seen.shape[0]), token].set(True)
-        return state.replace(
+        return rows.replace(
             token=token,
-            position=state.position + 1,
+            position=rows.position + 1,
             left=left,
-            done=state.done | (left <= 0) | jnp.isin(token, eos),
-            made=state.made + 1,
+            done=rows.done | (left <= 0) | jnp.isin(token, eos),
+            made=rows.made + 1,
             seen=seen,
         )
 
-    def _decode(self, filters, params, state: State, eos, n, steps):
-        """Up to `steps` more tokens of each row: (state, tokens [B, CHUNK], how many)."""
-        B = state.token.shape[0]
+    def _decode(self, filters, params, state: State, done_B, eos, n, steps, enough):
+        """Up to `steps` more tokens of each row, fewer once `enough` rows are done: (state, tokens
+        [B, CHUNK], how many)."""
+        B = done_B.shape[0]
 
         def more(carry):
             i, state, _ = carry
-            return (i < steps) & ~jnp.all(state.done)
+            return (i < steps) & (jnp.sum(state.rows.done) < enough)
 
         def step(carry):
             i, state, out = carry
+            rows: Rows = state.rows
             hidden_BTD, cache, _ = self.model(
                 params,
-                state.token[:, None],
-                state.position[:, None],
+                rows.token[:, None],
+                rows.position[:, None],
                 jnp.ones((B, 1), jnp.int32),
                 state.cache,
             )
-            state = self._next(filters, params, state.replace(cache=cache), hidden_BTD[:, 0], eos, n)
-            return i + 1, state, jax.lax.dynamic_update_slice(out, state.token[:, None], (0, i))
+            logits_BV = self.model.unembed(self.model.head(params), hidden_BTD[:, 0])
+            rows = self._next(filters, rows, logits_BV, eos, n)
+            return i + 1, State(cache, rows), jax.lax.dynamic_update_slice(out, rows.token[:, None], (0, i))
 
+        state = state.replace(rows=state.rows.replace(done=state.rows.done | done_B))
         start = jnp.int32(0), state, jnp.zeros((B, CHUNK), jnp.int32)
         made, state, out = jax.lax.while_loop(more, step, start)
         return state, out, made
@@ -317,16 +362,17 @@ class _Row:
         return self._decode(self.tail + tokens)[len(self.tail_text) :]
 
     def feed(self, tokens) -> None:
-        """Take the tokens up to the row's end."""
-        before = len(self.tokens)
-        for token in tokens:
-            if self.finish:
-                break
-            self.tokens.append(int(token))
-            if int(token) in self.eos:
-                self.finish = "stop"
-            elif len(self.tokens) >= self.budget:
-                self.finish = "length"
+        """Take the tokens (ints, or an array of them) up to the row's end."""
+        if self.finish:
+            return
+        before, room = len(self.tokens), self.budget - len(self.tokens)
+        new = np.asarray(tokens[:room]).tolist()
+        if not self.eos.isdisjoint(new):
+            del new[next(i for i, t in enumerate(new) if t in self.eos) + 1 :]
+            self.finish = "stop"
+        elif len(new) == room:
+            self.finish = "length"
+        self.tokens += new
         if not self.stop or len(self.tokens) == before:
             return
         text = self._text(len(self.tokens))
@@ -392,8 +438,14 @@ class Generator:
             out.append(ids)
         return out
 
-    def budget(self, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> list[int]:
-        """New tokens each prompt may have within the context; a cut is logged, no room is a UserError."""
+    def budget(
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: GenerateOptions,
+        max_new_tokens: Sequence[int] | None = None,
+    ) -> list[int]:
+        """New tokens each prompt may have within the context, of its own `max_new_tokens` where they are
+        given; a cut is logged, no room is a UserError."""
         room = self.model.config.max_position_embeddings
         for i, prompt in enumerate(prompts):
             if len(prompt) >= room:
@@ -401,15 +453,20 @@ class Generator:
                     f"generate: prompt {i} has {len(prompt)} tokens, the model's context is {room} "
                     "(max_position_embeddings): shorten it"
                 )
-        budgets = [min(options.max_new_tokens, room - len(p)) for p in prompts]
-        short = [b for b in budgets if b < options.max_new_tokens]
+        wanted = [options.max_new_tokens] * len(prompts) if max_new_tokens is None else list(max_new_tokens)
+        if len(wanted) != len(prompts) or min(wanted, default=1) < 1:
+            raise UserError(
+                f"generate: max_new_tokens={wanted} for {len(prompts)} prompts: at least 1 for each of them"
+            )
+        budgets = [min(want, room - len(p)) for want, p in zip(wanted, prompts, strict=True)]
+        short = [b for b, want in zip(budgets, wanted, strict=True) if b < want]
         if short:
             log.warning(
                 "the context of %d tokens leaves %d of %d prompts fewer than max_new_tokens=%d (least: %d)",
                 room,
                 len(short),
                 len(prompts),
-                options.max_new_tokens,
+                max(wanted),
                 min(short),
             )
         return budgets
@@ -419,22 +476,26 @@ class Generator:
         prompts: Sequence[Prompt],
         options: GenerateOptions,
         *,
+        samples: int = 1,
         ids: Sequence[int] | None = None,
+        max_new_tokens: Sequence[int] | None = None,
         on_text: Callable[[int, str], None] | None = None,
         share_prefix: bool = True,
         adapters: Sequence[int | None] | None = None,
     ) -> list[Completion]:
-        """All prompts as one batch. `on_text(index, piece)` gets text as it comes. `ids` (default 0, 1, …)
-        name the rows for their random numbers."""
-        tokens = self.encode(prompts)
-        if not tokens:
-            return []
-        budgets = self.budget(tokens, options)
-        ids = range(len(tokens)) if ids is None else ids
-        which = self._which(adapters, len(tokens))
-        prefix, spent = self._prefix(tokens, share_prefix and which is None)
-        rows = list(zip(range(len(tokens)), tokens, budgets, ids, strict=True))
-        return self._batch(rows, len(rows), options, prefix, spent, on_text, which)
+        """All prompts as one batch: see `generate_many`. `on_text(index, piece)` gets text as it comes,
+        `index` being that of the answer in the result."""
+        return self.generate_many(
+            prompts,
+            options,
+            batch_size=max(1, len(prompts) * samples),
+            samples=samples,
+            ids=ids,
+            max_new_tokens=max_new_tokens,
+            on_text=on_text,
+            share_prefix=share_prefix,
+            adapters=adapters,
+        )
 
     def generate_many(
         self,
@@ -442,35 +503,44 @@ class Generator:
         options: GenerateOptions,
         *,
         batch_size: int = 32,
+        samples: int = 1,
         ids: Sequence[int] | None = None,
+        max_new_tokens: Sequence[int] | None = None,
         progress: Callable[[int, int], None] | None = None,
+        on_text: Callable[[int, str], None] | None = None,
         share_prefix: bool = True,
         adapters: Sequence[int | None] | None = None,
     ) -> list[Completion]:
-        """Any number of prompts, in batches of like length; results in the prompts' order. What all prompts
-        begin with is prefilled once. `progress(done, total)` is called after each batch."""
-        if batch_size < 1:
-            raise UserError(f"generate: batch_size={batch_size}: at least 1")
+        """Any number of prompts, up to `batch_size` answers being decoded at a time: where one ends, a prompt
+        that waits takes its row. Results are in the prompts' order; with `samples`, those of prompt i are
+        from i · samples on, its prefill done once.
+
+        What all prompts begin with is prefilled once. An answer depends on its prompt, the seed, its prompt's
+        entry of `ids` (default 0, 1, …), the number of the sample and nothing else: not on the batch.
+        `max_new_tokens` and `adapters` have an entry a prompt. `progress(done, total)` is called when answers
+        have ended. UserError for arguments that do not fit.
+        """
+        for name, value in (("batch_size", batch_size), ("samples", samples)):
+            if value < 1:
+                raise UserError(f"generate: {name}={value}: at least 1")
+        if options.stop and self.tokenizer is None:
+            raise UserError("generate: stop strings need a tokenizer")
         tokens = self.encode(prompts)
         if not tokens:
             return []
-        budgets = self.budget(tokens, options)
+        budgets = self.budget(tokens, options, max_new_tokens)
         ids = range(len(tokens)) if ids is None else ids
+        if len(ids) != len(tokens):
+            raise UserError(f"generate: {len(ids)} ids for {len(tokens)} prompts: one each")
         which = self._which(adapters, len(tokens))
         prefix, spent = self._prefix(tokens, share_prefix and which is None)
-        rows = sorted(
-            zip(range(len(tokens)), tokens, budgets, ids, strict=True), key=lambda row: (-len(row[1]), row[0])
-        )
-        batches = -(-len(rows) // batch_size)
-        size = -(-len(rows) // batches)  # as even as can be, so that one program serves them all
-        out: dict[int, Completion] = {}
-        for start in range(0, len(rows), size):
-            part = rows[start : start + size]
-            results = self._batch(part, size, options, prefix, spent if start == 0 else 0.0, None, which)
-            out |= {row[0]: result for row, result in zip(part, results, strict=True)}
-            if progress is not None:
-                progress(len(out), len(rows))
-        return [out[i] for i in range(len(rows))]
+        asked = [
+            _Prompt(i, tokens[i], budgets[i], ids[i], -1 if which is None else which[i])
+            for i in sorted(range(len(tokens)), key=lambda i: (-len(tokens[i]), i))
+        ]
+        size = min(batch_size, len(asked) * samples)
+        batch = _Batch(self, options, asked, size, samples, prefix, spent, which is not None)
+        return batch.run(progress, on_text)
 
     def _which(self, chosen: Sequence[int | None] | None, prompts: int) -> list[int] | None:
         """The adapter of each prompt, -1 for none; None where the tree has none to choose from."""
@@ -503,82 +573,236 @@ class Generator:
         jax.block_until_ready(prefix)
         return prefix, time.perf_counter() - start - (self.compile_s - compiled)
 
-    def _batch(
-        self, rows, size: int, options: GenerateOptions, prefix, spent: float, on_text, which=None
-    ) -> list[Completion]:
-        """Answers to `rows` of (index, tokens, budget, id); rows that are done at once fill up to `size`."""
-        P = 0 if prefix is None else prefix.segments.shape[1]
-        V = self.model.config.vocab_size
-        T = bucket(max(len(r[1]) for r in rows) - P)
-        S = -(-(P + T + max(r[2] for r in rows)) // 64) * 64
-        tokens_BT = np.zeros((size, T), np.int32)
-        positions_BT = np.full((size, T), -1, np.int32)  # -1 pads
-        seen_BV = np.zeros((size, V), bool) if options.repetition_penalty != 1 else None
-        left, ids = np.zeros(size, np.int32), np.zeros(size, np.uint32)
-        for b, (_, tokens, budget, id_) in enumerate(rows):
-            own = tokens[P:]
-            tokens_BT[b, T - len(own) :] = own
-            positions_BT[b, T - len(own) :] = np.arange(P, len(tokens))
-            left[b], ids[b] = budget, id_
-            if seen_BV is not None:
-                seen_BV[b, tokens] = True
-        eos = np.array(self.eos or (-1,), np.int32)
-        static, data = Filters.of(options), numbers(options)
-        params = self.params
-        if which is not None:
-            params = adapters.select(params, [which[r[0]] for r in rows] + [-1] * (size - len(rows)))
 
-        compiled, start = self.compile_s, time.perf_counter()
-        cache = self._call(self._programs.spread, (size, S), prefix)
-        state = State(
-            cache=cache,
-            token=jnp.full(size, eos[0], jnp.int32),
-            position=jnp.zeros(size, jnp.int32),
-            left=jnp.asarray(left),
-            done=jnp.asarray(left == 0),
-            made=jnp.int32(0),
-            ids=jnp.asarray(ids),
-            seen=None if seen_BV is None else jnp.asarray(seen_BV),
+class _Prompt(NamedTuple):
+    index: int
+    tokens: list[int]
+    budget: int
+    id: int
+    adapter: int
+
+
+class _Answer(NamedTuple):
+    """One sample of a prompt: the host's view, and how the device came by it."""
+
+    place: int  # in the results
+    prompt: _Prompt
+    row: _Row
+    prefill_s: float
+    since: float  # the batch's clock when it began
+
+
+class _Batch:
+    """Rows that prompts go through: those that wait are prefilled together, in few sizes of group, and placed
+    when rows are free."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        options: GenerateOptions,
+        asked: list[_Prompt],
+        size: int,
+        samples: int,
+        prefix: Cache | None,
+        prefix_s: float,
+        adapted: bool,
+    ):
+        self.generator, self.options, self.size, self.samples = generator, options, size, samples
+        self.prefix, self.prefix_s, self.adapted = prefix, prefix_s, adapted
+        self.programs = generator._programs
+        self.P = 0 if prefix is None else prefix.segments.shape[1]
+        self.total = len(asked) * samples
+        self.waiting = collections.deque(asked)  # the longest first, so that groups are of like length
+        self.rows: list[_Answer | None] = [None] * size
+        self.results: dict[int, Completion] = {}
+        self.filters, self.numbers = Filters.of(options), numbers(options)
+        self.eos = np.array(generator.eos or (-1,), np.int32)
+        self.penalty = options.repetition_penalty != 1
+        ring = -(-max(one.budget for one in asked) // 64) * 64
+        prompt = self.P + bucket(len(asked[0].tokens) - self.P)
+        self.state = self._call(self.programs.start, (size, prompt, ring, self.penalty))
+        # answers whose prompt is prefilled but which have no row yet, and where it is
+        self.ready: collections.deque[tuple[_Answer, int]] = collections.deque()
+        self.prefilled: Any = None
+        self.ahead: tuple[jax.Array, jax.Array] | None = None  # of a chunk not looked at yet
+        self._select()
+
+    def _call(self, program: _Program, static, *args):
+        return self.generator._call(program, static, *args)
+
+    def clock(self) -> float:
+        """Seconds, compilation not counted."""
+        return time.perf_counter() - self.generator.compile_s
+
+    def run(self, progress, on_text) -> list[Completion]:
+        while len(self.results) < self.total:
+            before = len(self.results)
+            self._fill(on_text)
+            if any(self.rows):
+                self._decode(on_text)
+            if progress is not None and len(self.results) > before:
+                progress(len(self.results), self.total)
+        return [self.results[i] for i in range(self.total)]
+
+    def _fill(self, on_text) -> None:
+        """Give free rows to answers for as long as there are both."""
+        changed = False
+        while (free := [b for b, answer in enumerate(self.rows) if answer is None]) and (
+            self.ready or self.waiting
+        ):
+            if not self.ready:
+                self._prefill(len(free))
+            self._place(free[: len(self.ready)], on_text)
+            changed = True
+        if changed:
+            self._select()
+
+    def _prefill(self, free: int) -> None:
+        """Prefill as many waiting prompts as have free rows; to have few programs, their number is that of a
+        whole batch or a power of 4."""
+        count, whole = -(-free // self.samples), -(-self.size // self.samples)
+        count = min(count, len(self.waiting))
+        if count < whole:
+            count = 4 ** ((count.bit_length() - 1) // 2)
+        group = [self.waiting.popleft() for _ in range(count)]
+        T = bucket(max(len(one.tokens) for one in group) - self.P)
+        tokens_RT = np.zeros((count, T), np.int32)
+        positions_RT = np.full((count, T), -1, np.int32)  # -1 pads
+        for r, one in enumerate(group):
+            own = one.tokens[self.P :]
+            tokens_RT[r, T - len(own) :] = own
+            positions_RT[r, T - len(own) :] = np.arange(self.P, len(one.tokens))
+        params = self.generator.params
+        if self.adapted:
+            params = adapters.select(params, [one.adapter for one in group])
+        start = self.clock()
+        self.prefilled = self._call(self.programs.prefill, None, params, self.prefix, tokens_RT, positions_RT)
+        jax.block_until_ready(self.prefilled[1])
+        now = self.clock()
+        spent, self.prefix_s = self.prefix_s + now - start, 0.0
+        ends = frozenset(self.generator.eos)
+        for r, one in enumerate(group):
+            for i in range(self.samples):
+                row = _Row(self.generator.tokenizer, one.tokens, one.budget, ends, self.options.stop)
+                self.ready.append((_Answer(one.index * self.samples + i, one, row, spent, now), r))
+
+    def _place(self, free: list[int], on_text) -> None:
+        """Begin the next answers that are ready in the rows `free`."""
+        M, V = self.size, self.generator.model.config.vocab_size
+        at, rows = np.zeros(M, np.int32), np.full(M, M, np.int32)
+        ids, samples = np.zeros(M, np.uint32), np.zeros(M, np.uint32)
+        position, left = np.zeros(M, np.int32), np.ones(M, np.int32)
+        seen = np.zeros((M, V), bool) if self.penalty else None
+        for i, b in enumerate(free):
+            answer, r = self.ready.popleft()
+            prompt, self.rows[b] = answer.prompt, answer
+            at[i], rows[i], left[i] = r, b, prompt.budget
+            position[i] = len(prompt.tokens) - 1
+            ids[i], samples[i] = prompt.id, answer.place % self.samples
+            if seen is not None:
+                seen[i, prompt.tokens] = True
+        none = np.zeros(M, np.int32)
+        new = Rows(none, position, left, np.zeros(M, bool), none, ids, samples, seen)  # type: ignore[arg-type]
+        self.state = self._call(
+            self.programs.place,
+            self.filters,
+            self.state,
+            self.prefilled,
+            at,
+            rows,
+            np.int32(len(free)),
+            new,
+            self.eos,
+            self.numbers,
         )
-        state = self._call(self._programs.prefill, static, params, state, tokens_BT, positions_BT, eos, data)
-        first = np.asarray(state.token)[:, None]
-        prefill_s = spent + time.perf_counter() - start - (self.compile_s - compiled)
+        if not self.ready:
+            self.prefilled = None
+        first = np.asarray(self.state.rows.token)
+        for b in free:
+            self._feed(b, first[b : b + 1], on_text)
 
-        compiled, start = self.compile_s, time.perf_counter()
-        ends = frozenset(self.eos)
-        answers = [_Row(self.tokenizer, row[1], row[2], ends, options.stop) for row in rows]
-        if options.stop and self.tokenizer is None:
-            raise UserError("generate: stop strings need a tokenizer")
-        steps = np.int32(STREAM_CHUNK if on_text else CHUNK)
-        out, made = first, 1
-        while True:
-            for (index, *_), answer, new in zip(rows, answers, out, strict=False):
-                answer.feed(new[:made])
-                if on_text is not None and (piece := answer.piece()):
-                    on_text(index, piece)
-            if all(a.finish for a in answers):
-                break
-            done = np.array([bool(a.finish) for a in answers] + [True] * (size - len(rows)))
-            state = state.replace(done=jnp.asarray(done))
-            state, out, made = self._call(self._programs.decode, static, params, state, eos, data, steps)
-            out, made = np.asarray(out), int(made)
-        decode_s = time.perf_counter() - start - (self.compile_s - compiled)
-        return [
-            Completion(a.final(), tuple(a.tokens), a.finish or "length", len(row[1]), prefill_s, decode_s)
-            for row, a in zip(rows, answers, strict=True)
-        ]
+    def _select(self) -> None:
+        """The weights that each row is decoded with."""
+        self.params = self.generator.params
+        if self.adapted:
+            which = [-1 if answer is None else answer.prompt.adapter for answer in self.rows]
+            self.params = adapters.select(self.params, which)
+
+    def _decode(self, on_text) -> None:
+        """Take one chunk's tokens. Where nothing hangs on them, the next one is on its way before."""
+        out, made = self.ahead or self._chunk(on_text)
+        free = not (on_text or self.options.stop or self.ready or self.waiting)
+        self.ahead = self._chunk(on_text) if free else None
+        out = np.asarray(out)[:, : int(made)]
+        for b, answer in enumerate(self.rows):
+            if answer is not None:
+                self._feed(b, out[b], on_text)
+
+    def _chunk(self, on_text) -> tuple[jax.Array, jax.Array]:
+        """(tokens, how many) of a chunk, which may be under way still. While prompts wait it ends once an
+        eighth of the rows have."""
+        done = np.array([answer is None for answer in self.rows])
+        enough = max(1, self.size // 8) if self.ready or self.waiting else self.size
+        self.state, out, made = self._call(
+            self.programs.decode,
+            self.filters,
+            self.params,
+            self.state,
+            done,
+            self.eos,
+            self.numbers,
+            np.int32(STREAM_CHUNK if on_text else CHUNK),
+            np.int32(enough),
+        )
+        return out, made
+
+    def _feed(self, b: int, tokens, on_text) -> None:
+        """Hand row b's new tokens on; where they end its answer, the row is free."""
+        answer = self.rows[b]
+        assert answer is not None
+        row = answer.row
+        row.feed(tokens)
+        if on_text is not None and (piece := row.piece()):
+            on_text(answer.place, piece)
+        if row.finish:
+            self.rows[b] = None
+            self.results[answer.place] = Completion(
+                row.final(),
+                tuple(row.tokens),
+                row.finish,
+                len(answer.prompt.tokens),
+                answer.prefill_s,
+                self.clock() - answer.since,
+            )
+
+
+def step_bytes(model: Model, params, batch: int, slots: int) -> int:
+    """Bytes that decoding one token of `batch` rows must read: every weight once (of an embedding table that
+    is no head the rows that are looked up), and `slots` slots of each row's cache. Over a device's memory
+    bandwidth it bounds the seconds of a step, as long as products cost less than reading their weights; of a
+    mixture of experts all of them are counted, as a large batch reads them."""
+    cache = jax.eval_shape(lambda: model.init_cache(batch, slots).states)
+    lookups = {path for path, row in model.table.rows.items() if row.role == "lookup"} - {model.head_path}
+    total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    for name, tree in params.items():
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+        total += size // model.table.sizes["V"] * batch if name in lookups else size
+    return total
 
 
 def prepare(params, dtype=None, *, merge: bool = True):
     """A parameter tree ready to generate with: weights in `dtype` (as they are if None), LoRA factors
-    folded in (in float32, rounded once) or, without `merge`, left beside their weights."""
+    folded in (in float32, rounded once) or, without `merge`, left beside their weights. A quantised weight
+    stays so, its factors beside it: folded in, it would no longer be small."""
 
     def one(w):
         if isinstance(w, NoisyEmbedding):
             return one(w.base)
         if isinstance(w, StackedLora):
             return w.replace(base=one(w.base))
-        if isinstance(w, LoraWeight) and not merge:
+        if isinstance(w, QuantWeight):
+            return w
+        if isinstance(w, LoraWeight) and (not merge or isinstance(w.base, QuantWeight)):
             return w.replace(base=one(w.base), rng=None, dropout=0.0)
         if isinstance(w, LoraWeight | RowsWeight):
             w = lora.merged(w, w.base.astype(jnp.float32)).astype(dtype or w.base.dtype)

@@ -312,6 +312,12 @@ class GgufFile:
             x = x.reshape(heads, x.shape[0] // heads // 2, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
         return x
 
+    def kept(self, name: str) -> None:
+        return None
+
+    def get_kept(self, name: str) -> dict[str, np.ndarray]:
+        raise AssertionError(name)
+
     def release(self, name: str) -> None:
         if hasattr(mmap, "MADV_DONTNEED"):
             offset = self._start + self._tensors[self._names[name]][2]

@@ -15,7 +15,7 @@ import mmap
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,11 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftjax import gguf, models, quantised
+from ftjax import distributed, gguf, models, quant, quantised
 from ftjax.errors import UserError
 from ftjax.files import FLOATS, SafetensorsFile, copy, few, read_json
 from ftjax.models import Model
-from ftjax.weights import Table, flatten, from_hf, hf_shape, unflatten
+from ftjax.quant import QuantOptions
+from ftjax.quantised import Kept
+from ftjax.weights import IN_OUT, LINEAR, QuantWeight, Table, flatten, from_hf, hf_shape, unflatten
 
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json added_tokens.json "
@@ -65,6 +67,14 @@ class Source(Protocol):
 
     def get(self, name: str) -> np.ndarray:
         """The tensor, read only; where the file has it as it is, a view whose pages are read when touched."""
+        ...
+
+    def kept(self, name: str) -> Kept | None:
+        """How the tensor can be held in memory as it is stored, where it is stored quantised."""
+        ...
+
+    def get_kept(self, name: str) -> dict[str, np.ndarray]:
+        """The arrays that Kept.read gives."""
         ...
 
     def release(self, name: str) -> None:
@@ -167,6 +177,18 @@ class HfFolder:
             return np.split(self._tensors.get(stored)[e], n)[i]
         return self._tensors.get(self.stored_name(name))
 
+    def kept(self, name: str) -> Kept | None:
+        if name not in self._pieces:
+            return self._tensors.kept(self.stored_name(name))
+        kept = self._tensors.kept(self._pieces[name][0])
+        return kept if kept is not None and not kept.double and kept.inputs == -1 else None
+
+    def get_kept(self, name: str) -> dict[str, np.ndarray]:
+        if name in self._pieces:
+            stored, e, i, n = self._pieces[name]
+            return {k: np.split(x[e], n)[i] for k, x in self._tensors.get_kept(stored).items()}
+        return self._tensors.get_kept(self.stored_name(name))
+
     def release(self, name: str) -> None:
         if name in self._pieces:  # its neighbours are read next, from the same pages
             return
@@ -175,16 +197,22 @@ class HfFolder:
 
     def fingerprint(self) -> str:
         if self._digest is None:
+            names = sorted(self._where)
+            # Each process of a run reads its part of the tensors.
             with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # sha256 lets go of the GIL
-                lines = pool.map(self._fingerprint_line, sorted(self._where))
-                self._digest = hashlib.sha256("".join(lines).encode()).hexdigest()
+                mine = list(pool.map(self._tensor_digest, distributed.share(names)))
+            lines = map(self._fingerprint_line, names, distributed.unshare(mine))
+            self._digest = hashlib.sha256("".join(lines).encode()).hexdigest()
         return self._digest
 
-    def _fingerprint_line(self, name: str) -> str:
+    def _tensor_digest(self, name: str) -> str:
         file = self._where[name]
-        dtype, shape, _ = file.entries[name]
         digest = hashlib.sha256(file.view(name).reshape(-1).view(np.uint8).data).hexdigest()
         file.release(name)
+        return digest
+
+    def _fingerprint_line(self, name: str, digest: str) -> str:
+        dtype, shape, _ = self._where[name].entries[name]
         return f"{name} {dtype} {shape} {digest}\n"
 
     @property
@@ -278,7 +306,10 @@ def _from_hub(source: str, revision: str | None) -> Path:
     from huggingface_hub import errors
 
     try:
-        return Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=HUB_PATTERNS))
+        with distributed.one_a_disk(huggingface_hub.constants.HF_HUB_CACHE):
+            return Path(
+                huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=HUB_PATTERNS)
+            )
     except errors.GatedRepoError:
         raise UserError(
             f"{source}: gated: accept its licence on its page, then `hf auth login` or set HF_TOKEN"
@@ -381,16 +412,19 @@ def load_params(
     dtype=None,
     shardings=None,
     progress: Callable[[str, int], None] | None = None,
+    quantise: QuantOptions | None = None,
 ) -> dict:
     """The model's parameter tree, each leaf read straight into its sharding.
 
     Matrices get `dtype` (the checkpoint's unless given), norms and biases float32. `shardings` is a tree like
     the params' (`weights.shardings`); without it all is on the first device. `progress(path, bytes)` is
     called once a leaf. Over what stays on the host (on CPU all of it) its memory peaks at a few tensors.
-    UserError as `check_names`.
+    With `quantise`, linear layers are QuantWeight leaves, made a tensor at a time; those that the checkpoint
+    stores so are taken as they are stored. UserError as `check_names` and `quant.plan`.
     """
     table = model.table
     check_names(source, table)
+    specs = quant_specs(source, table, quantise) if quantise is not None else {}
     flat = flatten(shardings) if shardings is not None else {}
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
@@ -398,39 +432,101 @@ def load_params(
         return math.prod(table.shape(path)) // math.prod(table.apart(path))
 
     loading, params = {}, {}
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+    # A shard is put together on its own device, which under a mesh that is in use is an error.
+    no_mesh = jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ()))
+    with no_mesh, concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         try:
             for path in sorted(table.rows, key=size, reverse=True):  # so that no large one is left to the end
                 kind = np.float32 if not table.rows[path].ins else dtype or source.dtype(table.names(path)[0])
                 sharding = flat.get(path, default)
-                loading[path] = _load_leaf(source, table, path, np.dtype(kind), sharding, pool)
+                if path not in specs:
+                    loading[path] = _load_leaf(source, table, path, np.dtype(kind), sharding, pool)
             for path in table.rows:
-                params[path] = loading.pop(path)()
+                if path in specs:
+                    sharding = flat.get(path, default)
+                    params[path] = _load_quantised(source, table, path, specs[path], sharding, pool)
+                else:
+                    params[path] = loading.pop(path)()
                 if progress is not None:
-                    progress(path, params[path].nbytes)
+                    progress(path, quant.nbytes(params[path]))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     return unflatten(params)
 
 
+def quant_specs(source: Source, table: Table, options: QuantOptions) -> dict[str, quant.Spec]:
+    """How `load_params` holds each weight that is quantised: as the checkpoint stores it where that is of the
+    kind asked for, else as `quant.plan` says. UserError where one stack is stored in several ways."""
+    layouts = {LINEAR: -1, IN_OUT: -2}
+
+    def stored(path: str, name: str) -> quant.Spec | None:
+        kept = source.kept(name)
+        if kept is None or kept.kind != options.kind or layouts.get(table.rows[path].layout) != kept.inputs:
+            return None
+        return quant.Spec(kept.kind, kept.block, kept.double)
+
+    out = {}
+    for path in quant.chosen(options, table):
+        found = {name: stored(path, name) for name in table.names(path)}
+        kinds = set(found.values())
+        if len(kinds) > 1:
+            first = next(iter(found.values()))
+            other = next(name for name, one in found.items() if one != first)
+            module = table.rows[path].module.rpartition(".")[2]
+            raise UserError(
+                f"{source.source}: {other} is not stored quantised as {next(iter(found))} is, and layers of "
+                f"one kind are held as one array: quant.exclude=[{module}] holds them unquantised"
+            )
+        one = kinds.pop()
+        out[path] = one if one is not None else quant.spec(options, table, path)
+    return out
+
+
+def matrices(source: Source, table: Table, path: str) -> Iterator[np.ndarray]:
+    """The matrices [*in, *out] at `path`, one after the other, as the checkpoint has them."""
+    for name in table.names(path):
+        x = from_hf(table, path, source.get(name))
+        for at in np.ndindex(table.together(path)):
+            yield np.array(x[at])
+        source.release(name)
+
+
+class _Shards:
+    """The parts of one leaf on this process's devices. `apart` are its first axes, over which the checkpoint
+    keeps separate tensors; `holds` and `inside` are of such an index and the bounds of a part."""
+
+    def __init__(self, shape: tuple[int, ...], sharding, apart: int):
+        self.shape, self.sharding, self.apart = shape, sharding, apart
+        self.where = {
+            device: tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
+            for device, index in sharding.addressable_devices_indices_map(shape).items()
+        }
+
+    def holds(self, bounds, at: tuple[int, ...]) -> bool:
+        return all(first <= x < last for x, (first, last) in zip(at, bounds[: self.apart], strict=True))
+
+    def inside(self, bounds, at: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(x - first for x, (first, _) in zip(at, bounds[: self.apart], strict=True))
+
+    def zeros(self, dtype) -> dict[Any, jax.Array]:
+        return {
+            device: jnp.zeros(_extent(bounds), dtype, device=device) for device, bounds in self.where.items()
+        }
+
+    def whole(self, parts: Sequence[jax.Array]) -> jax.Array:
+        return jax.make_array_from_single_device_arrays(self.shape, self.sharding, list(parts))
+
+
 def _load_leaf(
     source: Source, table: Table, path: str, dtype: np.dtype, sharding, pool
 ) -> Callable[[], jax.Array]:
     """Start loading, where all of it stays on the host; the result finishes it."""
-    shape, apart, names = table.shape(path), table.apart(path), table.names(path)
+    apart, names = table.apart(path), table.names(path)
     n = len(apart)
     at = list(np.ndindex(apart))  # where in the leaf each tensor goes
-    where = {
-        device: tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
-        for device, index in sharding.addressable_devices_indices_map(shape).items()
-    }
-
-    def holds(bounds, i: int) -> bool:
-        return all(first <= x < last for x, (first, last) in zip(at[i], bounds[:n], strict=True))
-
-    def inside(bounds, i: int) -> tuple[int, ...]:
-        return tuple(x - first for x, (first, _) in zip(at[i], bounds[:n], strict=True))
+    shards = _Shards(table.shape(path), sharding, n)
+    where = shards.where
 
     def read(i: int, outs) -> None:
         """Fill {bounds of a shard: its part of tensor i}."""
@@ -445,7 +541,9 @@ def _load_leaf(
         # On CPU device_put takes no copy: an aligned buffer that nobody else holds becomes the array.
         buffers = {bounds: aligned_empty(_extent(bounds), dtype) for bounds in set(where.values())}
         jobs = [
-            pool.submit(read, i, {k: x[inside(k, i)] for k, x in buffers.items() if holds(k, i)})
+            pool.submit(
+                read, i, {k: x[shards.inside(k, at[i])] for k, x in buffers.items() if shards.holds(k, at[i])}
+            )
             for i in range(len(names))
         ]
 
@@ -460,11 +558,15 @@ def _load_leaf(
         if n == 0:
             return on_host()()
         # The host holds a few tensors at a time, not the whole stack.
-        parts = {device: jnp.zeros(_extent(bounds), dtype, device=device) for device, bounds in where.items()}
+        parts = shards.zeros(dtype)
         jobs = collections.deque()
         for i in range(len(names) + THREADS):
             if i < len(names):
-                outs = {k: aligned_empty(_extent(k[n:]), dtype) for k in set(where.values()) if holds(k, i)}
+                outs = {
+                    k: aligned_empty(_extent(k[n:]), dtype)
+                    for k in set(where.values())
+                    if shards.holds(k, at[i])
+                }
                 jobs.append((i, outs, pool.submit(read, i, outs)))
             if i >= THREADS - 1 and jobs:
                 which, outs, job = jobs.popleft()
@@ -472,12 +574,68 @@ def _load_leaf(
                 for device, k in where.items():
                     if k in outs:
                         one = jax.device_put(outs[k], device)
-                        parts[device] = _set_part(parts[device], one, inside(k, which))
+                        parts[device] = _set_part(parts[device], one, shards.inside(k, at[which]))
                 jax.block_until_ready(list(parts.values()))
         return list(parts.values())
 
-    shards = on_host() if all(device.platform in HOST for device in where) else elsewhere
-    return lambda: jax.make_array_from_single_device_arrays(shape, sharding, shards())
+    get = on_host() if all(device.platform in HOST for device in where) else elsewhere
+    return lambda: shards.whole(get())
+
+
+def _load_quantised(source: Source, table: Table, path: str, one: quant.Spec, sharding, pool) -> QuantWeight:
+    """A quantised leaf, tensor by tensor, each quantised on this process's first device where it is not
+    stored so."""
+    apart, names = table.apart(path), table.names(path)
+    leaf, outs = quant.abstract(table, path, one), len(table.outs(path))
+    like, treedef = jax.tree.flatten(leaf)
+    all_shards = [
+        _Shards(x.shape, s, len(apart))
+        for x, s in zip(like, jax.tree.leaves(quant.shardings(table, path, one, sharding)), strict=True)
+    ]
+    kept = [source.kept(name) for name in names]
+
+    def read(i: int) -> Any:
+        """The leaves of tensor i, or the tensor where it has yet to be quantised."""
+        kind = kept[i]
+        if kind is not None and kind.kind == one.kind:
+            values = quant.leaves_of_stored(table, path, one, source.get_kept(names[i]))
+        else:
+            values = from_hf(table, path, source.get(names[i]))
+            values = np.array(values)  # what the file holds may be let go
+        source.release(names[i])
+        return values
+
+    def quantised_leaves(x: np.ndarray) -> list[Any]:
+        matrices = [
+            jax.tree.leaves(quant.quantise_one(jax.device_put(x[m], here), one, outs))
+            for m in np.ndindex(table.together(path))
+        ]
+        if not table.together(path):
+            return matrices[0]
+        stacked = [jnp.stack(each) for each in zip(*matrices, strict=True)]
+        return [s.reshape(*table.together(path), *s.shape[1:]) for s in stacked]
+
+    here = jax.local_devices()[0]
+    parts = [shards.zeros(x.dtype) for shards, x in zip(all_shards, like, strict=True)]
+    jobs = collections.deque(pool.submit(read, i) for i in range(min(2, len(names))))
+    for i, at in enumerate(np.ndindex(apart)):
+        values = jobs.popleft().result()
+        if i + 2 < len(names):
+            jobs.append(pool.submit(read, i + 2))
+        if not isinstance(values, list):
+            values = quantised_leaves(values)
+        for shards, held, value in zip(all_shards, parts, values, strict=True):
+            if len(shards.where) > 1:
+                value = np.asarray(value)
+            for device, bounds in shards.where.items():
+                if shards.holds(bounds, at):
+                    cut = value[tuple(slice(*b) for b in bounds[len(apart) :])] if value.ndim else value
+                    put = jax.device_put(cut, device)
+                    held[device] = _set_part(held[device], put, shards.inside(bounds, at))
+        jax.block_until_ready([list(held.values()) for held in parts])
+    return jax.tree.unflatten(
+        treedef, [shards.whole(list(held.values())) for shards, held in zip(all_shards, parts, strict=True)]
+    )
 
 
 def _extent(bounds) -> tuple[int, ...]:

@@ -3,6 +3,9 @@
 import ctypes
 import gc
 import os
+import sys
+
+began: float | None = None  # when the command line did, by time.perf_counter()
 
 # mallopt's parameters, from glibc's malloc.h
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
@@ -31,3 +34,15 @@ def return_freed_memory() -> None:
     gc.collect()
     if _is_glibc():
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def drop_late_callbacks() -> None:
+    """Print no traceback for each read of a damaged checkpoint that ends after the first one failed: its
+    thread, tensorstore's, calls an event loop that is closed. What failed is said by who reads."""
+    report = sys.unraisablehook
+
+    def hook(unraisable) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    sys.unraisablehook = hook

@@ -24,8 +24,19 @@ import numpy as np
 
 from ftjax import lora_init
 from ftjax.errors import UserError
+from ftjax.ops.dequant import dequantise
 from ftjax.ops.linear import output_norm
-from ftjax.weights import LoraWeight, RowsWeight, Table, flatten, is_leaf, module_of, path_key, unflatten
+from ftjax.weights import (
+    LoraWeight,
+    QuantWeight,
+    RowsWeight,
+    Table,
+    flatten,
+    is_leaf,
+    module_of,
+    path_key,
+    unflatten,
+)
 
 INITS = ("gaussian", "pissa", "pissa_niter_N", "olora", "orthogonal", "eva", "loftq")
 
@@ -95,9 +106,10 @@ class LoraConfig:
 
     @property
     def takes_off(self) -> bool:
-        """Whether the factors begin at something that has to be taken off the base again."""
+        """Whether the factors begin at something that has to be taken off the published base again. LoftQ's
+        stand in a run for what quantising took off, and so are not taken off there: `trained`."""
         return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(
-            ("pissa", "olora")
+            ("pissa", "olora", "loftq")
         )
 
 
@@ -268,9 +280,9 @@ def _plan_factors(config: LoraConfig, table: Table) -> dict[str, Adapted]:
         ranks, scales = [], []
         for index, name in enumerate(names):
             module = module_of(name)
-            hit = _target(config.target_modules, module, matrices[path].role)
+            hit = matches(config.target_modules, module, matrices[path].role)
             if hit is None and tied(table) and matrices[path].role == "lookup":
-                hit = _target(config.target_modules, "lm_head", "lookup")
+                hit = matches(config.target_modules, "lm_head", "lookup")
             if _excluded(config, module) or (path in saved and saved[path][index]):
                 used_targets |= {hit} if hit is not None else set()
                 hit = None
@@ -313,7 +325,7 @@ def _plan_factors(config: LoraConfig, table: Table) -> dict[str, Adapted]:
     return chosen
 
 
-def _target(targets, module: str, role: str) -> str | None:
+def matches(targets, module: str, role: str) -> str | None:
     """The target that `module` matches, by PEFT's rules (check_target_module_exists)."""
     if targets == "all-linear":
         return targets if role == "linear" else None
@@ -323,7 +335,7 @@ def _target(targets, module: str, role: str) -> str | None:
 
 
 def _excluded(config: LoraConfig, module: str) -> bool:
-    return bool(config.exclude_modules) and _target(config.exclude_modules, module, "") is not None
+    return bool(config.exclude_modules) and matches(config.exclude_modules, module, "") is not None
 
 
 def _pattern(patterns: Mapping, module: str, default):
@@ -385,7 +397,7 @@ def _plan_rows(config: LoraConfig, table: Table) -> dict[str, tuple[int, ...]]:
         given = {tables[first].module: given}
     found: dict[str, tuple[int, ...]] = {}
     for target, indices in given.items():
-        path = next((p for p, row in tables.items() if _target((target,), row.module, "") is not None), None)
+        path = next((p for p, row in tables.items() if matches((target,), row.module, "") is not None), None)
         if path is None and tied(table) and target == "lm_head":
             path = first
         if path is None:
@@ -456,10 +468,11 @@ def init(key: jax.Array, plan: Plan, table: Table, base: dict | None = None, how
         a_shape, b_shape = (*lead, *ins, one.rank), (*lead, one.rank, *outs)
         a, b = _draw(path_key(key, path), how, one, table.rows[path].role, a_shape, b_shape)
         w = weights_of.get(path)
-        if one.origin and w is not None:
-            n, size = len(one.ranks), (math.prod(ins), math.prod(outs))
+        if one.origin and w is not None and how != "loftq":
+            n, count = len(one.ranks), len(lead)
+            w_N = jax.tree.map(lambda x, count=count, n=n: x.reshape(n, *x.shape[count:]), w)
             scales = jnp.array(one.scales, jnp.float32)
-            a, b = lora_init.from_weight(str(how), w.reshape(n, *size), one.rank, scales, path_key(key, path))
+            a, b = lora_init.from_weight(str(how), w_N, len(ins), one.rank, scales, path_key(key, path))
         a = a.reshape(a_shape) * _live_a(one, len(ins))
         b = b.reshape(b_shape) * _live_b(one, len(outs))
         flat[path + "/a"], flat[path + "/b"] = a, b
@@ -546,29 +559,37 @@ def axes(plan: Plan, table: Table) -> dict:
 def attach(base: dict, adapters: dict, plan: Plan, *, rng: jax.Array | None = None, dropout: float = 0.0):
     """The base tree with what `plan` trains in place: leaf types of weights.py, and whole weights as they
     are. With `rng`, the dropout of training is on."""
-    flat, trained = flatten(base), flatten(adapters)
+    flat, leaves_of = flatten(base), flatten(adapters)
     for path, one in plan.items():
         if isinstance(one, Whole):
-            full = trained[path + "/full"]
+            full = leaves_of[path + "/full"]
             if one.live:
                 live = np.array(one.live).reshape(*one.lead, *(1,) * (full.ndim - len(one.lead)))
                 full = jnp.where(live, full, flat[path].astype(full.dtype))
             flat[path] = full
         elif isinstance(one, Rows):
             indices = jnp.array(one.indices, jnp.int32)
-            flat[path] = RowsWeight(flat[path], trained[path + "/rows"], indices, one.axis)
+            flat[path] = RowsWeight(flat[path], leaves_of[path + "/rows"], indices, one.axis)
         else:
             key = None
             if rng is not None and dropout:
                 key = path_key(rng, path)
                 key = jax.random.split(key, one.lead[0]) if one.lead else key
-            leaves = {name: trained.get(f"{path}/{name}") for name in ("a", "b", "m", "a0", "b0")}
+            leaves = {name: leaves_of.get(f"{path}/{name}") for name in ("a", "b", "m", "a0", "b0")}
             a, b = _factors(one, jax.lax.stop_gradient(leaves) | {x: leaves[x] for x in "ab"}, (), jnp)
             m = leaves["m"] if one.dora else None
             if m is not None and 0 in one.ranks:
                 m = jnp.where(_live_m(one, m.ndim - len(one.lead)), m, jnp.inf)
             flat[path] = LoraWeight(flat[path], a, b, _scale(one), key, dropout, m)
     return unflatten(flat)
+
+
+def trained(plan: Plan) -> Plan:
+    """The plan by which a run of LoftQ computes: its first factors are a part of its base."""
+    return {
+        path: dataclasses.replace(one, origin=False) if isinstance(one, Adapted) else one
+        for path, one in plan.items()
+    }
 
 
 def _factors(one: Adapted, leaves: Mapping[str, Any], at: tuple[int, ...], xp):
@@ -603,8 +624,9 @@ def _merged(base, a, b, scale, m, xp):
 
 def merged(w: LoraWeight | RowsWeight, base=None) -> jax.Array:
     """What an adapted weight computes with as one array, made in float32, in the dtype of `base` (w.base
-    unless given)."""
+    unless given), of a quantised one in float32."""
     base = w.base if base is None else base
+    base = dequantise(base, jnp.float32) if isinstance(base, QuantWeight) else base
     if isinstance(w, RowsWeight):
         rows = w.rows.astype(base.dtype)
         return base.at[w.indices].set(rows) if w.axis == 0 else base.at[:, w.indices].set(rows.T)

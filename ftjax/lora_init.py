@@ -6,6 +6,7 @@ published one: the tree keeps the first factors as "a0" and "b0", and `lora.atta
 base + scale (a b - a0 b0). `lora.plain` turns that into plain LoRA of twice the rank, exactly. LoRA's dropout
 then falls on the difference, which is zero at the start, and not on a part of the weight."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -14,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax.errors import UserError
-from ftjax.weights import ObservedWeight, Table, flatten, module_of, unflatten
+from ftjax.ops.dequant import dequantise
+from ftjax.weights import ObservedWeight, QuantWeight, Table, flatten, module_of, path_key, unflatten
 
 
 def _svd_factors(w_IO, rank: int, scale, iterations: int | None = None, key: Any = None):
@@ -46,8 +48,9 @@ def _qr_factors(w_IO, rank: int):
     return _wide(r[:rank].T, rank, 1), _wide(q[:, :rank].T, rank, 0)
 
 
-def from_weight(how: str, w_NIO, rank: int, scale_N, key):
-    """(a [N, I, rank], b [N, rank, O]) of N weights, float32, in one of these ways.
+def from_weight(how: str, w_N, ins: int, rank: int, scale_N, key):
+    """(a [N, I, rank], b [N, rank, O]) of N weights [N, *in, *out] with `ins` input axes, which may be
+    quantised, float32, in one of these ways.
 
     "pissa": the largest singular vectors, scale · a b being W's best approximation of that rank (Meng et al.
     2024, arXiv:2404.02948); "pissa_niter_N" finds them by N rounds of the power method. "olora": the first
@@ -56,14 +59,15 @@ def from_weight(how: str, w_NIO, rank: int, scale_N, key):
     scale_N = jnp.where(scale_N > 0, scale_N, 1.0)  # of one without factors; what it gets is masked
 
     def one(args):
-        w_IO, scale, key = args
-        w_IO = w_IO.astype(jnp.float32)
+        w, scale, key = args
+        w = dequantise(w, jnp.float32) if isinstance(w, QuantWeight) else w.astype(jnp.float32)
+        w_IO = w.reshape(int(np.prod(w.shape[:ins])), -1)
         if how == "olora":
             return _qr_factors(w_IO, rank)
         rounds = how.removeprefix("pissa").removeprefix("_niter_")
         return _svd_factors(w_IO, rank, scale, int(rounds) if rounds else None, key)
 
-    return jax.lax.map(one, (w_NIO, scale_N, jax.random.split(key, w_NIO.shape[0])))
+    return jax.lax.map(one, (w_N, scale_N, jax.random.split(key, w_N.shape[0])))
 
 
 def loftq(base: dict, adapters: dict, plan: Mapping, quantise: Callable, steps: int = 1):
@@ -96,6 +100,43 @@ def loftq(base: dict, adapters: dict, plan: Mapping, quantise: Callable, steps: 
         out[path + "/a"] = jnp.stack(new_a).reshape(a.shape)
         out[path + "/b"] = jnp.stack(new_b).reshape(b.shape)
     return unflatten(flat), unflatten(out)
+
+
+def residual(base: dict, adapters: dict, plan: Mapping, originals: Callable, key) -> dict:
+    """The tree whose factors begin at what quantising took off each weight, which is taken off again on the
+    published base ("a0", "b0"): LoftQ of one step, arXiv:2310.08659.
+
+    `originals(path)` yields the matrices [*in, *out] of a path in order, as they were. The approximation is
+    found by eight rounds of the power method.
+    """
+    flat, out = flatten(base), dict(flatten(adapters))
+
+    @functools.partial(jax.jit, static_argnums=3)
+    def factors(w_q, w, args, rank):
+        size = int(np.prod(w.shape[: w.ndim - w_q.outs]))
+        off = w.astype(jnp.float32) - dequantise(w_q, jnp.float32)
+        return _svd_factors(off.reshape(size, -1), rank, args[0], 8, args[1])
+
+    for path, one in plan.items():
+        leaf = flat[path]
+        if not hasattr(one, "ranks") or not isinstance(leaf, QuantWeight):
+            continue
+        like = {end: out[f"{path}/{end}"] for end in "ab"}
+        new = {
+            end: np.zeros((len(one.ranks), *x.shape[len(one.lead) :]), np.float32) for end, x in like.items()
+        }
+        for i, (at, w) in enumerate(zip(np.ndindex(one.lead), originals(path), strict=True)):
+            if rank := one.ranks[i]:
+                w_q = jax.tree.map(lambda x, at=at: x[at], leaf)
+                args = jnp.float32(one.scales[i]), jax.random.fold_in(path_key(key, path), i)
+                a_IR, b_RO = factors(w_q, w, args, rank)
+                new["a"][i, ..., :rank] = np.asarray(a_IR).reshape(*new["a"].shape[1:-1], rank)
+                new["b"][i, :rank] = np.asarray(b_RO).reshape(rank, *new["b"].shape[2:])
+        for end, x in new.items():
+            x = x.reshape(like[end].shape)
+            for name in (f"{path}/{end}", f"{path}/{end}0"):
+                out[name] = jax.device_put(x, out[name].sharding)
+    return unflatten(out)
 
 
 def second_moments(model, base: dict, plan: Mapping, table: Table, batches: Iterable[Mapping]) -> dict:

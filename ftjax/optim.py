@@ -18,8 +18,10 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from optax import contrib
 
+from ftjax import moments
 from ftjax.errors import UserError
 from ftjax.weights import Table, flatten, unflatten
 
@@ -81,6 +83,11 @@ class OptimOptions:
     arXiv:2402.12354; 16 is usual, with a lower lr)."""
     groups: tuple[OptimGroup, ...] = ()
     """Weights with a learning rate or weight decay of their own."""
+    state_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """How moments are kept between steps: 4, 2 or about 1 byte each. int8 is block-wise, and leaves weights
+    of fewer than 4,096 elements a layer in float32."""
+    offload: bool = False
+    """Keep moments in the host's memory between steps: each step waits for them to come and go."""
 
     def __post_init__(self):
         def check(ok: bool, name: str, right: str):
@@ -102,6 +109,9 @@ class OptimOptions:
         check(
             self.lora_plus_ratio is None or self.lora_plus_ratio > 0, "lora_plus_ratio", "a positive number"
         )
+        # The compiler for TPUs (jax 0.10) stops at 8-bit arrays on their way to the host.
+        ok = not (self.offload and self.state_dtype == "int8")
+        check(ok, "offload", "not with state_dtype: int8; bfloat16 can be, and int8 by itself takes little")
         for i, group in enumerate(self.groups):
             where = f"optim.groups[{i}]"
             try:
@@ -198,15 +208,30 @@ def make_optimizer(
 ) -> tuple[optax.GradientTransformation, Schedule]:
     """The optax chain for `trainable` (a nested dict of arrays or ShapeDtypeStructs), and its learning rate.
 
-    State is float32 whatever the dtype of weights and gradients. `table` says what is a matrix (see
-    `geometry`). Nothing depends on how arrays are sharded. UserError where a group matches no weight, or
-    LoRA+ finds no LoRA.
+    State is float32 whatever the dtype of weights and gradients, or what `options.state_dtype` says. `table`
+    says what is a matrix (see `geometry`). Nothing depends on how arrays are sharded. UserError where a group
+    matches no weight, LoRA+ finds no LoRA, or all weights are too small for `state_dtype` or `offload`.
     """
     flat = flatten(trainable)
     shapes = {path: geometry(path, len(leaf.shape), table) for path, leaf in flat.items()}
     rates, decays = _per_weight(options, shapes)
     schedule = make_schedule(options, total_steps)
-    steps = [_direction(options, shapes), _descend(schedule, unflatten(rates), unflatten(decays))]
+    stacks = {path: shape.stack for path, shape in shapes.items()}
+    if all(moments.is_small(path, leaf, stacks) for path, leaf in flat.items()):
+        for name in ("state_dtype",) * (options.state_dtype == "int8") + ("offload",) * options.offload:
+            raise UserError(
+                f"optim.{name}={getattr(options, name)}: every weight that is trained has fewer than "
+                f"{moments.SMALL:,} elements a layer, and such moments stay in float32 on the device"
+            )
+
+    def kept(some: Mapping[str, Geometry]) -> optax.GradientTransformation:
+        tx = _direction(options, some)
+        return tx if options.state_dtype == "float32" else moments.stored(tx, options.state_dtype, stacks)
+
+    direction = kept(shapes)
+    if options.offload or options.state_dtype != "float32":
+        direction = moments.one_by_one(lambda path: kept({path: shapes[path]}), stacks, options.offload)
+    steps = [direction, _descend(schedule, unflatten(rates), unflatten(decays))]
     if options.clip_norm is not None:
         steps.insert(0, optax.clip_by_global_norm(options.clip_norm))
     return _in_float32(optax.chain(*steps)), schedule
@@ -340,18 +365,21 @@ def _descend(schedule: Schedule, rates, decays) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    tx = optax.with_extra_args_support(tx)
+
     def cast(tree):
         return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
-    def update(updates, state, params=None):
-        return tx.update(cast(updates), state, cast(params))
+    def update(updates, state, params=None, **extra):
+        return tx.update(cast(updates), state, cast(params), **extra)
 
-    return optax.GradientTransformation(lambda params: tx.init(cast(params)), update)
+    return optax.GradientTransformationExtraArgs(lambda params: tx.init(cast(params)), update)
 
 
 def state_shardings(tx: optax.GradientTransformation, trainable, shardings, replicated):
-    """A tree of shardings for `tx.init(trainable)`: moments as their weights, all else `replicated`.
+    """A tree of shardings for `tx.init(trainable)`: moments as their weights, in the memory where `tx` puts
+    them; all else `replicated`.
 
     `trainable` may be abstract; `shardings` is a tree like it. Without this, jit makes fresh moments whole on
     every device.
@@ -364,12 +392,27 @@ def state_shardings(tx: optax.GradientTransformation, trainable, shardings, repl
         )
     }
 
-    def one(path, leaf):
-        # a moment's path in the state ends with its weight's path in the tree
-        for i in range(len(path)):
-            shape, sharding = known.get(path[i:], (None, None))
-            if shape == leaf.shape:
-                return sharding
-        return replicated
+    def one(path, leaf, where):
+        weight = moments.weight_of(path, known)
+        shape, sharding = (None, replicated) if weight is None else known[weight]
+        if shape is None or len(shape) != len(leaf.shape):
+            sharding = replicated
+        elif shape != leaf.shape:
+            if str(path[-1]) != ".scale":
+                return replicated
+            sharding = _where_it_divides(sharding, leaf.shape)  # scales of blocks
+        host = where.memory_space == moments.HOST
+        return sharding.with_memory_kind("pinned_host") if host else sharding
 
-    return jax.tree_util.tree_map_with_path(one, state)
+    avals = jax.tree.unflatten(jax.tree.structure(state), jax.make_jaxpr(tx.init)(trainable).out_avals)
+    return jax.tree_util.tree_map_with_path(one, state, avals)
+
+
+def _where_it_divides(sharding, shape: tuple[int, ...]):
+    spec = list(sharding.spec) + [None] * (len(shape) - len(sharding.spec))
+    names = [() if s is None else (s,) if isinstance(s, str) else tuple(s) for s in spec]
+    parts = [math.prod(sharding.mesh.shape[n] for n in name) for name in names]
+    even = [s if n % p == 0 else None for s, n, p in zip(spec, shape, parts, strict=True)]
+    while even and even[-1] is None:  # as jit writes it of what it returns
+        even.pop()
+    return NamedSharding(sharding.mesh, PartitionSpec(*even))

@@ -576,14 +576,14 @@ def _known_names(config: LoraConfig, raw: dict, view: keys.View) -> LoraConfig:
         if table.together(path) or not name.endswith(".weight")
     }
     bare = set(map(module_of, bare))
-    if any(lora._target(targets, m, "") for m in bare):  # PEFT's target_modules are modules, not parameters
-        targets = tuple(m for m in modules if m not in bare and lora._target(targets, m, ""))
+    if any(lora.matches(targets, m, "") for m in bare):  # PEFT's target_modules are modules, not parameters
+        targets = tuple(m for m in modules if m not in bare and lora.matches(targets, m, ""))
     if isinstance(targets, str):
         if parameters:
             targets = tuple(m for m in names[False] if re.fullmatch(targets, m))
     else:
         targets = _known("target_modules", targets, modules, _ends_with) or targets
-        used = {lora._target(targets, module, "") for module in modules}
+        used = {lora.matches(targets, module, "") for module in modules}
         targets = tuple(t for t in targets if t in used) or targets  # less what another already names
     if parameters:
         chosen = [m for m in names[True] if any(_ends_with(x, m) for x in parameters)]

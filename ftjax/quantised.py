@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from ftjax.errors import UserError
+from ftjax.ops.dequant import LEVELS, NESTED, dynamic
 
 Entries = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # dtype and shape of each stored tensor
 Codes = Callable[[slice], np.ndarray]  # rows -> their codes, float32 [rows, I], new each time
@@ -40,6 +41,21 @@ class Tensor:
     shape: tuple[int, ...]
     parts: Mapping[str, str]  # argument of `read`: name of the stored tensor
     read: Callable[..., np.ndarray]
+    kept: "Kept | None" = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """How a stored tensor is held as it is (weights.QuantWeight): `kind`, inputs in a row that share a scale,
+    and whether the scales are quantised, too. `read(**arrays)` of the tensor's parts gives "codes" of its
+    shape, 4-bit ones a byte each, "scale" of that shape but for the inputs (its axis `inputs`), which are
+    blocks, and "nested" and "offset" where `double`."""
+
+    kind: str
+    block: int
+    double: bool
+    read: Callable[..., dict[str, np.ndarray]]
+    inputs: int = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +156,16 @@ class Dequantised:
         if tensor is None:
             return self._get(name)
         return tensor.read(self._dtype, **{k: self._get(part) for k, part in tensor.parts.items()})
+
+    def kept(self, name: str) -> Kept | None:
+        """How the tensor can be held as it is stored; None where that is no kind of ours."""
+        return self._tensors[name].kept if name in self._tensors else None
+
+    def get_kept(self, name: str) -> dict[str, np.ndarray]:
+        """What `Kept.read` gives of the tensor."""
+        tensor = self._tensors[name]
+        assert tensor.kept is not None, name
+        return tensor.kept.read(**{k: self._get(part) for k, part in tensor.parts.items()})
 
 
 def quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -271,16 +297,14 @@ def _mxfp4(stored: Stored) -> Iterator[tuple[str, Tensor]]:
         ok = stored.shape(scales) == (*lead, rows, groups) and stored.dtype(scales).itemsize == 1
         stored.check(ok, scales, f"uint8 {[*lead, rows, groups]} goes with {blocks}")
         shape = (*lead, groups * 32, rows)
-        yield name, Tensor(shape, {"blocks": blocks, "scales": scales}, _read_mxfp4)
-
-
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+        kept = Kept("mxfp4", 32, False, _keep_mxfp4, inputs=-2)
+        yield name, Tensor(shape, {"blocks": blocks, "scales": scales}, _read_mxfp4, kept)
 
 
 def _read_mxfp4(dtype: np.dtype, blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     experts, rows, groups, _ = blocks.shape
     out = np.empty((experts, groups, 16, 2, rows), dtype)
-    low, high = E2M1[np.arange(256) & 15], E2M1[np.arange(256) >> 4]
+    low, high = LEVELS["mxfp4"][np.arange(256) & 15], LEVELS["mxfp4"][np.arange(256) >> 4]
     step = max(1, TILE // (32 * rows))
     for e in range(experts):  # the codes are turned while they are small
         codes = _transpose(blocks[e].reshape(rows, -1)).reshape(groups, 16, rows)
@@ -290,6 +314,18 @@ def _read_mxfp4(dtype: np.dtype, blocks: np.ndarray, scales: np.ndarray) -> np.n
             out[e, tile, :, 0] = low.take(codes[tile]) * power[tile]
             out[e, tile, :, 1] = high.take(codes[tile]) * power[tile]
     return out.reshape(experts, groups * 32, rows)
+
+
+def _keep_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> dict[str, np.ndarray]:
+    experts, rows, groups, _ = blocks.shape
+    out = np.empty((experts, groups, 16, 2, rows), np.uint8)
+    for e in range(experts):
+        codes = _transpose(blocks[e].reshape(rows, -1)).reshape(groups, 16, rows)
+        out[e, :, :, 0], out[e, :, :, 1] = codes & 15, codes >> 4
+    return {
+        "codes": out.reshape(experts, groups * 32, rows),
+        "scale": scales.view(np.uint8).transpose(0, 2, 1),
+    }
 
 
 def _powers(scales: np.ndarray) -> np.ndarray:
@@ -326,7 +362,26 @@ def _scaled(stored: Stored, weight: str, scale: str, block, zero: str = "") -> T
         stored.check(ok, scale, f"{wanted} goes with {weight} {list(shape)}")
         kind = "row"
     parts = {"weight": weight, "scale": scale} | (stored.optional(zero=zero) if zero else {})
-    return Tensor(shape, parts, partial(_read_scaled, kind=kind, block=block))
+    read = partial(_read_scaled, kind=kind, block=block)
+    held = {np.dtype(np.int8): "int8", np.dtype(ml_dtypes.float8_e4m3fn): "fp8"}.get(stored.dtype(weight))
+    if held is None or "zero" in parts:
+        return Tensor(shape, parts, read)
+    size = columns if kind == "one" else columns // have[-1]
+    if kind == "block":  # where the last of a row is short, its blocks are cut into equal ones
+        size = math.gcd(block[1], columns)
+    return Tensor(shape, parts, read, Kept(held, size, False, partial(_keep_scaled, block=block, size=size)))
+
+
+def _keep_scaled(weight, scale, *, block, size: int) -> dict[str, np.ndarray]:
+    *lead, rows, columns = weight.shape
+    if scale.dtype == np.uint8:
+        scale = _powers(scale)
+    scale = np.asarray(scale, np.float32)
+    if scale.size == 1:
+        scale = np.broadcast_to(scale.reshape(()), (*lead, rows, 1))
+    elif block and scale.shape == (*lead, -(-rows // block[0]), -(-columns // block[1])):
+        scale = scale.repeat(block[0], -2)[..., :rows, :].repeat(block[1] // size, -1)[..., : columns // size]
+    return {"codes": weight, "scale": scale}
 
 
 def _read_scaled(dtype, weight, scale, zero=None, *, kind, block) -> np.ndarray:
@@ -537,7 +592,8 @@ def _bitsandbytes(stored: Stored) -> Iterator[tuple[str, Tensor]]:
         stored.check(math.prod(stored.shape(scale)) == shape[0], scale, f"[{shape[0]}] goes with {weight}")
         if layout in stored.entries and int(stored.get(layout)) != 0:
             raise UserError(f"{stored.where}: {layout} is {int(stored.get(layout))}: only 0 (rows) is read")
-        yield weight, Tensor(shape, {"weight": weight, "scale": scale}, _read_int8)
+        kept = Kept("int8", shape[1], False, _keep_int8)
+        yield weight, Tensor(shape, {"weight": weight, "scale": scale}, _read_int8, kept)
 
 
 def _four_bits(stored: Stored, name: str, state: str) -> Tensor:
@@ -568,7 +624,45 @@ def _four_bits(stored: Stored, name: str, state: str) -> Tensor:
         stored.check(
             stored.shape(parts["nested_code"]) == (256,), parts["nested_code"], "256 values are read"
         )
-    return Tensor(shape, parts, partial(_read_four_bits, shape=shape, size=size, nested=nested))
+    read = partial(_read_four_bits, shape=shape, size=size, nested=nested)
+    kind = state.rpartition("__")[2]
+    known = np.array_equal(stored.get(code), LEVELS[kind]) and len(shape) == 2 and shape[1] % 2 == 0
+    if nested:  # within rounding of the arithmetic that stands for the table
+        same = np.allclose(stored.get(parts["nested_code"]), dynamic(np.arange(256)), 1e-6, 0)
+        known = known and nested[0] == NESTED and same
+    if not known:
+        return Tensor(shape, parts, read)
+    # Blocks that run on into the next row are cut into equal ones, each with its own scale.
+    whole = shape[1] % size == 0
+    block = size if whole else math.gcd(size, shape[1])
+    keep = partial(_keep_four_bits, shape=shape, size=size, nested=nested, block=block)
+    return Tensor(shape, parts, read, Kept(kind, block, bool(nested) and whole, keep))
+
+
+def _keep_four_bits(
+    weight, absmax, code, state, nested_absmax=None, nested_code=None, *, shape, size: int, nested, block: int
+) -> dict[str, np.ndarray]:
+    raw, count = weight.reshape(-1).view(np.uint8), math.prod(shape)
+    codes = np.stack((raw >> 4, raw & 15), -1).reshape(-1)[:count].reshape(shape)
+    absmax, (rows, columns) = absmax.reshape(-1), shape
+    if nested and block == size:
+        assert nested_absmax is not None
+        scale = absmax.reshape(rows, -1)
+        return {
+            "codes": codes,
+            "scale": scale,
+            "nested": nested_absmax,
+            "offset": np.array(nested[1], np.float32),
+        }
+    if nested and nested_absmax is not None and nested_code is not None:
+        run, offset = nested
+        absmax = nested_code[absmax] * nested_absmax.repeat(run)[: absmax.size] + np.float32(offset)
+    scale = absmax.repeat(size // block)[: count // block].reshape(rows, columns // block)
+    return {"codes": codes, "scale": scale}
+
+
+def _keep_int8(weight, scale) -> dict[str, np.ndarray]:
+    return {"codes": weight, "scale": scale.reshape(-1, 1) / np.float32(127)}
 
 
 def _read_four_bits(

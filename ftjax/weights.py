@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,13 +292,37 @@ def abstract(table: Table, dtype=jnp.float32) -> dict:
     return unflatten_dict({p: jax.ShapeDtypeStruct(table.shape(p), dtype) for p in table.rows}, sep="/")
 
 
-def shardings(table: Table, rules: Mapping[str, Any], mesh) -> dict:
-    """A tree of NamedSharding: each axis letter on the mesh axis that `rules` gives it, else replicated."""
+Rules = Mapping[str, tuple[str, ...]]  # axis letter -> the mesh axes that it may be split over
 
-    def one(path):
-        return NamedSharding(mesh, PartitionSpec(*map(rules.get, table.dims(path))))
 
-    return unflatten_dict({path: one(path) for path in table.rows}, sep="/")
+def spec(axes: str, rules: Rules, mesh) -> PartitionSpec:
+    """Where an array with these axis letters lies on a mesh: in the order of `rules` each letter takes those
+    of its mesh axes that none before it took; axes of one device, and manual ones (within shard_map), are
+    left out."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    free = [name for name, kind in kinds if mesh.shape[name] > 1 and kind != AxisType.Manual]
+    found = {}
+    for letter, names in rules.items():
+        if letter in axes:
+            found[letter] = tuple(name for name in names if name in free)
+            free = [name for name in free if name not in names]
+    parts = [found.get(letter, ()) for letter in axes]
+    return PartitionSpec(*(names if len(names) > 1 else names[0] if names else None for names in parts))
+
+
+def weight_sharding(axes: str, rules: Rules, mesh) -> NamedSharding:
+    """Of a weight with these axes; those of no rule are whole. So is the hidden axis of a vector (a norm's
+    scale), stacked or not: to gather it would take more time than its bytes are worth."""
+    if axes.strip("LE") == "D":
+        rules = {letter: names for letter, names in rules.items() if letter != "D"}
+    return NamedSharding(mesh, spec(axes, rules, mesh))
+
+
+def shardings(table: Table, rules: Rules, mesh) -> dict:
+    """A tree of NamedSharding, each weight's by `weight_sharding`."""
+    return unflatten_dict(
+        {path: weight_sharding(table.dims(path), rules, mesh) for path in table.rows}, sep="/"
+    )
 
 
 class LoraWeight(struct.PyTreeNode):
@@ -339,6 +363,43 @@ class RowsWeight(struct.PyTreeNode):
     axis: int = struct.field(pytree_node=False, default=0)
 
 
+class QuantWeight(struct.PyTreeNode):
+    """A frozen weight [*lead, *in, *out] in few bits: a code's value of `kind` times the scale of its block.
+
+    The inputs, of sizes `ins`, are one axis here, of G equal blocks: `scale` is [*lead, G, *out], `codes`
+    [*lead, J, *out], a byte an input, or of a kind of four bits half as many: a block's first half is in the
+    low bits, its second in the high ones. Where `nested` is given the scales are codes themselves (QLoRA's
+    double quantisation): [*lead, n] float32, one for each 256 of a matrix's scales, outputs first, with
+    `offset` [*lead] added. `outs` counts the output axes. `ops.dequant` says what they stand for."""
+
+    codes: Any
+    scale: Any
+    nested: Any = None
+    offset: Any = None
+    kind: str = struct.field(pytree_node=False, default="nf4")
+    ins: tuple[int, ...] = struct.field(pytree_node=False, default=())
+    outs: int = struct.field(pytree_node=False, default=1)
+
+    @property
+    def lead(self) -> int:
+        """How many axes count separate matrices."""
+        return self.scale.ndim - 1 - self.outs
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the weight it stands for."""
+        return (*self.scale.shape[: self.lead], *self.ins, *self.scale.shape[self.lead + 1 :])
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def block(self) -> int:
+        """Inputs that share a scale."""
+        return math.prod(self.ins) // self.scale.shape[self.lead]
+
+
 class ObservedWeight(struct.PyTreeNode):
     """A weight [*lead, *in, *out] whose inputs are looked at: the gradient of `moment` [*lead, I, I] (zeros)
     is Σ x xᵀ over the rows x that a gradient reaches, whatever that is."""
@@ -356,9 +417,24 @@ class NoisyEmbedding(struct.PyTreeNode):
     alpha: float = struct.field(pytree_node=False)
 
 
+def fold_in(tree, i):
+    """The tree for part `i` of what its weights act on: with other masks of dropout there than in others. Of
+    an array of parts, [M], each row of what the weights act on is one."""
+    fold = jax.random.fold_in if jnp.ndim(i) == 0 else jax.vmap(jax.random.fold_in, (None, 0))
+
+    def one(leaf):
+        if not isinstance(leaf, LoraWeight) or leaf.rng is None:
+            return leaf
+        return leaf.replace(rng=fold(leaf.rng, i))
+
+    return jax.tree.map(one, tree, is_leaf=is_leaf)
+
+
 def is_leaf(x) -> bool:
     """For jax.tree.map: stop at this module's leaf types."""
-    return isinstance(x, LoraWeight | StackedLora | RowsWeight | ObservedWeight | NoisyEmbedding)
+    return isinstance(
+        x, LoraWeight | StackedLora | RowsWeight | QuantWeight | ObservedWeight | NoisyEmbedding
+    )
 
 
 def flatten(tree) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import collections
 import importlib.util
+import platform
 import sys
 import xml.etree.ElementTree
 
@@ -9,16 +10,25 @@ import xml.etree.ElementTree
 MUST_RUN = (
     "tests.models.test_reference",
     "tests.test_checkpoint",
-    "tests.test_resume",
+    "tests.test_faults",
     "tests.test_invariance",
     "tests.test_golden",
     "tests.data.test_render",
     "tests.data.test_pack",
     "tests.data.test_loader",
     "tests.test_bad_input",
+    "tests.test_bucket",
+    "tests.test_distributed",
+    "tests.test_sharding",
+    "tests.test_launch",
+    "tests.test_estimate",
 )
 if importlib.util.find_spec("torch"):
     MUST_RUN += ("tests.models.test_parity", "tests.test_peft", "tests.test_objectives")
+if (sys.platform, platform.machine()) == ("linux", "x86_64"):  # where libtpu is to be had
+    MUST_RUN += ("tests.test_tpu::",)
+    if sys.version_info < (3, 12):  # the last jax for it is known, and its programs are among the golden ones
+        MUST_RUN += ("tests.test_tpu_programs",)
 
 
 def reason_of(skip: xml.etree.ElementTree.Element) -> str:

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from ftjax import cli
+from ftjax import bucket, cli
 
 HERE = pathlib.Path(__file__).parent
 MODEL = HERE / "assets" / "tiny_model"
@@ -184,6 +184,16 @@ def test_no_permission(fails):
 def test_a_file_where_the_output_should_be(fails, folder):
     (folder / "run").write_text("")
     assert "cannot write to run" in fails()
+
+
+def test_where_checkpoints_cannot_be_kept_is_found_before_anything_is_read(fails, folder, monkeypatch):
+    (folder / "file").write_text("")
+    for where in ("/proc/x", "file"):
+        said = fails(f"checkpoint.directory={where}", "model=/nowhere")
+        assert f"cannot write to {(folder / where).absolute()}: " in said
+    monkeypatch.setattr(bucket.importlib.util, "find_spec", lambda name: None)
+    assert "gs:// needs gcsfs" in fails("checkpoint.directory=gs://b/x", "model=/nowhere")
+    assert "/nowhere: no such" in fails("model=/nowhere")  # nothing is left that would be in the way
 
 
 def test_preference_data_for_sft_and_the_other_way_round(fails, folder):

@@ -76,6 +76,8 @@ def test_one_prompt_is_answered_by_the_tuned_model_and_by_its_base(run, base, ca
     assert plain == answer(base) + "\n" != out
     assert chat.main([str(run / "adapter"), "--prompt", "Hello", *FLAGS]) == 0
     assert capsys.readouterr().out == out
+    assert chat.main([str(run), "--prompt", "Hello", "--no-merge", *FLAGS]) == 0
+    assert capsys.readouterr().out == out
     assert chat.main([str(base), "--prompt", "Hello", "--system", "Be brief.", *FLAGS]) == 0
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
     assert capsys.readouterr().out == answer(base, messages=messages) + "\n"
@@ -170,6 +172,8 @@ def test_what_cannot_speak_says_why(base, run, tmp_path):
         chat.main([str(tmp_path / "nothing"), "--prompt", "Hello"])
     with pytest.raises(UserError, match="is no run folder: there is no base"):
         chat.main([str(base), "--base", "--prompt", "Hello"])
+    with pytest.raises(UserError, match="--no-merge: nothing of .* is an adapter"):
+        chat.main([str(base), "--no-merge", "--prompt", "Hello"])
     with pytest.raises(UserError, match="--prompt is empty"):
         chat.main([str(base), "--prompt", " "])
     described = json.loads((run / "base.json").read_text())

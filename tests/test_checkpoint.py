@@ -1,4 +1,9 @@
+import itertools
+import json
 import logging
+import sys
+import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from ftjax import checkpoint, train
+from ftjax import checkpoint, host, train
 from ftjax.checkpoint import Checkpoints
 from ftjax.errors import UserError
 
@@ -94,6 +99,99 @@ def test_killed_before_sealing_and_cut_short_falls_back(tmp_path):
         if p.is_file():
             p.write_bytes(p.read_bytes()[:10])
     assert int(Checkpoints(tmp_path / "checkpoints").restore(make(0))[0].step) == 3
+
+
+def unseal(c, step):
+    (c.directory / "seals" / f"{step}.json").unlink()
+
+
+def test_killed_before_sealing_and_a_bit_flipped_falls_back(tmp_path):
+    """Orbax's formats do not notice a bit that flips in a value."""
+    c = Checkpoints(tmp_path / "checkpoints")
+    for step in (3, 7):
+        c.save(make(step, 3000), {"best": step / 3})
+    c.close()
+    unseal(c, 7)
+    path = largest_file(c.directory / "7")
+    whole = path.read_bytes()
+    harmed = 0
+    for at in range(0, len(whole), len(whole) // 10):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        state, facts = Checkpoints(tmp_path / "checkpoints").restore(make(0, 3000))
+        step = int(state.step)
+        assert step in (3, 7) and equal(state, make(step, 3000)) and facts == {"best": step / 3}
+        harmed += step == 3
+    assert harmed > 1
+    path.write_bytes(whole)
+    facts = c.directory / "7" / "facts" / "metadata"
+    right = facts.read_text()
+    facts.write_text(right.replace("2.3", "2.4"))
+    assert Checkpoints(tmp_path / "checkpoints").restore(make(0, 3000))[1] == {"best": 1.0}
+    facts.write_text(right)
+    assert Checkpoints(tmp_path / "checkpoints").restore(make(0, 3000))[1] == {"best": 7 / 3}
+
+
+def test_a_long_error_keeps_its_end():
+    error = OSError("Error writing " + "some/folder/" * 60 + "file: File too large\nand more")
+    assert checkpoint._first_line(error).endswith("folder/file: File too large")
+    assert len(checkpoint._first_line(error)) < 420
+
+
+def test_orbax_logs_no_tracebacks(caplog):
+    logger = logging.getLogger("absl")
+    logger.error("failed in a thread", exc_info=ValueError())
+    logger.error("worth knowing")
+    assert "failed" not in caplog.text and "worth knowing" in caplog.text
+
+
+def test_late_callbacks_of_a_damaged_checkpoint_print_nothing(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: seen.append(str(unraisable.exc_value)))
+    host.drop_late_callbacks()
+    for said in ("Event loop is closed", "something else"):
+        sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(said)))
+    assert seen == ["something else"]
+
+
+def test_a_cut_seal_leaves_its_checkpoint(tmp_path, caplog):
+    c = saved(tmp_path, 3, 7)
+    seal = c.directory / "seals" / "7.json"
+    seal.write_text(seal.read_text()[:-9])
+    with caplog.at_level(logging.WARNING, "ftjax"):
+        assert int(Checkpoints(tmp_path / "checkpoints").restore(make(0))[0].step) == 7
+    assert "the seal of checkpoint 7 is unreadable" in caplog.text
+
+
+@pytest.mark.parametrize("saved_on, restored_on", [(8, 2), (2, 8), (1, 8), (8, 1)])
+def test_an_unsealed_checkpoint_is_checked_on_another_mesh(tmp_path, saved_on, restored_on):
+    def on(devices, state):
+        mesh = jax.make_mesh((devices,), ("x",), devices=jax.devices()[:devices])
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        return jax.tree.map(lambda x: jax.device_put(x, sharding if x.ndim else whole), state)
+
+    c = Checkpoints(tmp_path / "checkpoints")
+    for step in (3, 7):
+        c.save(on(saved_on, make(step, 64)), {})
+    c.close()
+    unseal(c, 7)
+    like = on(restored_on, make(0, 64))
+    assert equal(Checkpoints(tmp_path / "checkpoints").restore(like)[0], make(7, 64))
+    sums = c.directory / "seals" / "7.0.sums"
+    facts = json.loads(sums.read_text())
+    parts = next(parts for name, parts in facts["sums"].items() if "trainable" in name)
+    parts[max(parts)] ^= 1
+    sums.write_text(json.dumps(facts))
+    assert equal(Checkpoints(tmp_path / "checkpoints").restore(like)[0], make(3, 64))
+
+
+def test_a_clock_that_jumps_ends_no_save(tmp_path, monkeypatch):
+    clock = itertools.count(1e9, 1e7)  # months, each time that it is read
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    saved(tmp_path, 3, 7).close()
+    assert next(clock) > 1.01e9
+    state, _ = Checkpoints(tmp_path / "checkpoints").restore(make(0))
+    assert equal(state, make(7))
 
 
 def test_set_aside_lets_a_run_pass_damaged_steps(tmp_path):
@@ -187,9 +285,13 @@ def test_sharded_state_is_read_back(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool", "int32"])
 def test_the_digest_sees_every_element_and_its_place(dtype):
     x = (jnp.arange(30).reshape(2, 3, 5) % 2).astype(dtype)
-    digests = {int(checkpoint._digest(x))}
+
+    def digest(x):
+        return tuple(checkpoint._sums(x).items())
+
+    digests = {digest(x)}
     for i in range(30):
         flipped = x.reshape(-1).at[i].set((1 - x.reshape(-1)[i].astype(jnp.int32)).astype(dtype))
-        digests.add(int(checkpoint._digest(flipped.reshape(x.shape))))
-    digests.add(int(checkpoint._digest(x[::-1])))
+        digests.add(digest(flipped.reshape(x.shape)))
+    digests.add(digest(x[::-1]))
     assert len(digests) == 32

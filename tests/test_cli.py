@@ -109,7 +109,8 @@ class Stopped(Exception):
         (
             OSError(errno.ENOSPC, "x", "/run/ck"),
             1,
-            "error: the disk is full: /run/ck; earlier checkpoints are intact\n",
+            "error: the disk is full: /run/ck; what was saved before is intact, and the same command goes on "
+            "from it\n",
         ),
         (PermissionError(errno.EACCES, "x", "/run"), 1, "error: no permission: /run\n"),
         (MemoryError(), 1, "error: out of memory; a smaller"),
@@ -182,6 +183,8 @@ def test_environment_defaults_are_only_defaults():
     drop = "import os; [os.environ.pop(k) for k in " + repr(tuple(env)) + "];"
     home = python(drop + code, HOME="/nowhere", **env).stdout.split()
     assert home == ["/nowhere/.cache/ftjax/jax", "2"]
+    off = ";print(jax.config.jax_enable_compilation_cache)"
+    assert python(drop + code + off, JAX_ENABLE_COMPILATION_CACHE="0", **env).stdout.split()[-1] == "False"
     assert python(code, JAX_COMPILATION_CACHE_DIR="/mine", TF_CPP_MIN_LOG_LEVEL="0").stdout.split() == [
         "/mine",
         "0",

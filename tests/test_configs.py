@@ -1,14 +1,15 @@
 """Every config in configs/ loads, and its step traces at the model's real size, without its weights."""
 
-import functools
+import dataclasses
+import math
 import pathlib
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import pytest
 
-from ftjax import config, lora, mesh, models, optim, train, weights
-from ftjax.objectives import preference, sft
+from ftjax import config, mesh, models
+from ftjax.recipes import dpo, program, sft
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.yaml"))
 LLAMA31_ROPE = {
@@ -63,37 +64,16 @@ def test_config_loads_and_its_step_traces(path):
     assert lines[0].startswith(f"# ftjax {recipe} configs/{path.name} ")
     assert lines[1].startswith("# Hardware:")
     cfg = config.load(path, (), recipe)
-    model = models.from_config(MODELS[cfg.model])
-    dtype = jnp.dtype(cfg.train.dtype)
-    model = model.with_options(dtype=dtype, remat=cfg.train.remat)
+    model = program.with_options(models.from_config(MODELS[cfg.model]), cfg)
     assert cfg.data.max_length <= model.config.max_position_embeddings
-    if cfg.mesh.fsdp > 1:
-        shape = {"fsdp": cfg.mesh.fsdp, "tp": cfg.mesh.tp}
-        devices = jax.sharding.AbstractMesh(tuple(shape.values()), tuple(shape))
-        mesh.check(devices, model.table, cfg.train.batch_size // cfg.train.microbatches)  # type: ignore[arg-type]
+    count = math.prod(max(n, 1) for n in dataclasses.asdict(cfg.mesh).values())
+    devices: Any = mesh.abstract(cfg.mesh, count)
+    rows = cfg.train.batch_size // cfg.train.microbatches
+    mesh.check(devices, model.table, rows, cfg.data.max_length)
 
-    plan = lora.plan(cfg.lora, model.table)
-    trainable = lora.abstract(plan, model.table)
-    frozen = weights.abstract(model.table, dtype)
-    tx, _ = optim.make_optimizer(cfg.optim, trainable, 100, model.table)
-
-    def params_of(trainable, frozen, rng):
-        return lora.attach(frozen, trainable, plan, rng=rng, dropout=cfg.lora.lora_dropout)
-
-    common = dict(chunk=cfg.train.loss_chunk, frozen_head=True)
-    if recipe == "dpo":
-        loss = preference.dpo_loss(
-            model, params_of, beta=cfg.dpo.beta, label_smoothing=cfg.dpo.label_smoothing, **common
-        )
-    else:
-        loss = sft.sft_loss(model, params_of, **common)
-    A, B = cfg.train.microbatches, cfg.train.batch_size // cfg.train.microbatches
-    leaf = functools.partial(jax.ShapeDtypeStruct, (A, B, cfg.data.max_length))
-    batch = {k: leaf(jnp.int32) for k in ("tokens", "segments", "positions")}
-    batch["loss_weight"] = leaf(jnp.float32)
-    if recipe == "dpo":
-        batch["pairs"] = jax.ShapeDtypeStruct((A, B, 4), jnp.float32)
-    state = jax.eval_shape(functools.partial(train.init_state, tx=tx), trainable)
-    after, metrics = jax.eval_shape(train.make_train_step(loss, tx, 0), state, frozen, batch)
-    assert jax.tree.map(lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype), after, state)
+    here = mesh.make_mesh(mesh.MeshOptions(), jax.devices()[:1])
+    make_loss, pairs = (dpo.make_loss, 4) if recipe == "dpo" else (sft.make_loss, None)
+    step = program.plan_step(cfg, model, make_loss, here, pairs=pairs)
+    after, metrics = step.trace().out_info
+    assert jax.tree.map(lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype), after, step.state)
     assert metrics["loss"].shape == ()

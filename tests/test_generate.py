@@ -4,12 +4,15 @@ import dataclasses
 import functools
 import os
 import pathlib
+import re
+from math import prod
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import tpu
 
 from ftjax import generate, hf, lora, models, weights
 from ftjax.errors import UserError
@@ -28,6 +31,17 @@ def model():
 @functools.cache
 def windowed():
     return tiny.model(vocab_size=400, model_type="mistral", sliding_window=6)
+
+
+@functools.cache
+def recurrent():
+    m = tiny.model(
+        vocab_size=400, model_type="qwen3_5_text", num_hidden_layers=2, head_dim=16, linear_conv_kernel_dim=3,
+        layer_types=["linear_attention", "full_attention"], linear_key_head_dim=8, linear_value_head_dim=8,
+        linear_num_key_heads=2, linear_num_value_heads=4, rms_norm_eps=1e-5,
+    )  # fmt: skip
+    tree = weights.init(jax.random.key(0), m.table)
+    return m, tree | {"embed": tree["embed"] * 10}
 
 
 MODELS = {"llama": model, "mistral": windowed}
@@ -133,26 +147,165 @@ def test_lengths_of_one_bucket_and_other_temperatures_compile_nothing():
     assert generator.compile_s == spent and seen == [(2, 4), (4, 4)]
 
 
-def test_decoding_does_not_copy_the_cache():
-    m = tiny.model(vocab_size=400, num_hidden_layers=8)
+def test_a_row_that_ends_goes_to_a_prompt_that_waits():
+    """Whatever the size of the batch and the order, each answer is the prompt's own."""
+    asked = prompts([5, 16, 11, 6, 3, 9, 4, 14])
+    most = [60, 4, 9, 1, 30, 3, 12, 5]
+    stop = full_forward(model(), params(), asked[6], 12)[4]
+    want = [full_forward(model(), params(), p, n, [stop]) for p, n in zip(asked, most, strict=True)]
+    generator, seen = Generator(model(), params(), eos=[stop]), []
+    three = functools.partial(generator.generate_many, batch_size=3)
+    got = three(asked, GREEDY, max_new_tokens=most, progress=lambda *a: seen.append(a))
+    assert tokens_of(got) == want
+    assert [c.finish for c in got] == ["stop" if t[-1] == stop else "length" for t in want]
+    assert all(c.prompt_tokens == len(p) for c, p in zip(got, asked, strict=True))
+    assert seen == sorted(set(seen)) and seen[-1] == (8, 8) and len(seen) > 2
+    sampled = tokens_of(generator.generate(asked, SAMPLED, max_new_tokens=most))
+    assert sampled != want
+    assert tokens_of(three(asked, SAMPLED, max_new_tokens=most)) == sampled
+    spent = generator.compile_s
+    turned = three(asked[::-1] * 2, SAMPLED, max_new_tokens=most[::-1] * 2, ids=[*range(8)][::-1] * 2)
+    assert tokens_of(turned) == sampled[::-1] * 2
+    assert generator.compile_s == spent, "more prompts and other lengths compile nothing"
+    with pytest.raises(UserError, match=r"max_new_tokens=\[1\] for 8 prompts"):
+        generator.generate_many(asked, GREEDY, max_new_tokens=[1])
+
+
+def test_no_row_waits_for_the_slowest(monkeypatch):
+    """One long answer and many short ones in two rows take as many steps as the long one, not one long answer
+    a batch; and a batch that is done stops."""
+    generator, steps = Generator(model(), params()), []
+    inner = generator._programs.decode
+
+    def decode(*args):
+        spent, out = inner(*args)
+        steps.append(int(out[2]))
+        return spent, out
+
+    monkeypatch.setattr(generator._programs, "decode", decode)
+    most = [64, *[8] * 7]
+    got = generator.generate_many(prompts([6] * 8), GREEDY, batch_size=2, max_new_tokens=most)
+    assert [c.new_tokens for c in got] == most
+    assert sum(steps) == 63  # the first token is the prefill's
+    steps.clear()
+    generator.generate(prompts([6, 6]), dataclasses.replace(GREEDY, max_new_tokens=6))
+    assert sum(steps) == 5, "it ends with the last row"
+
+
+def test_the_ring_goes_around():
+    """Rows use slots again that others have left, and see nothing of theirs."""
+    generator = Generator(model(), params())
+    asked, most = prompts([3 + i % 5 for i in range(12)]), [20] * 12
+    want = tokens_of([generator.generate([p], GREEDY, max_new_tokens=[20])[0] for p in asked])
+    batch = generate._Batch(
+        generator,
+        GREEDY,
+        [generate._Prompt(i, asked[i], most[i], i, -1) for i in range(12)],
+        2, 1, None, 0.0, False,
+    )  # fmt: skip
+    got = batch.run(None, None)
+    cache = batch.state.cache
+    assert tokens_of(got) == want
+    ring = cache.segments.shape[1] - cache.prompt
+    assert ring == 64 < int(cache.length) - cache.prompt
+
+
+def test_a_recurrent_family_shares_rows_too():
+    m, tree = recurrent()
+    asked = prompts([5, 2, 9, 4, 12])
+    most = [9, 3, 5, 12, 4]
+    generator = Generator(m, tree)
+    want = tokens_of(generator.generate(asked, GREEDY, max_new_tokens=most))
+    assert m.recurrent and len(set(want)) == 5
+    got = generator.generate_many(asked, GREEDY, batch_size=2, max_new_tokens=most)
+    assert tokens_of(got) == want
+
+
+def test_samples_of_a_prompt_share_its_prefill():
+    asked = prompts([7, 12, 5])
+    generator = Generator(model(), params())
+    calls = []
+    inner = generator._programs.prefill
+
+    def prefill(*args):
+        calls.append(args[3].shape[0])
+        return inner(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generator._programs, "prefill", prefill)
+        got = tokens_of(generator.generate(asked, SAMPLED, samples=4))
+    assert calls == [3]
+    assert len(got) == 12 and all(len(set(got[i : i + 4])) == 4 for i in (0, 4, 8))
+    assert got[::4] == tokens_of(generator.generate(asked, SAMPLED)), "sample 0 is what one sample gives"
+    assert tokens_of(generator.generate_many(asked, SAMPLED, samples=4, batch_size=3)) == got
+    assert tokens_of(generator.generate(asked[1:2], SAMPLED, samples=2, ids=[1])) == got[4:6]
+    greedy = tokens_of(generator.generate(asked, GREEDY, samples=2))
+    assert greedy[::2] == greedy[1::2] == tokens_of(generator.generate(asked, GREEDY))
+    with pytest.raises(UserError, match="samples=0: at least 1"):
+        generator.generate(asked, GREEDY, samples=0)
+    with pytest.raises(UserError, match="2 ids for 3 prompts"):
+        generator.generate(asked, GREEDY, ids=[1, 2])
+
+
+def _step(m, size, prompt, ring, dtype):
+    """The decode program's function and the shapes of its arguments."""
     programs = generate._Programs.get(m)
-    cache = jax.eval_shape(lambda: m.init_cache(16, 512))
-    row = jax.ShapeDtypeStruct((16,), jnp.int32)
-    state = generate.State(
-        cache=cache,
-        token=row,
-        position=row,
-        left=row,
-        done=jax.ShapeDtypeStruct((16,), bool),
-        made=jax.ShapeDtypeStruct((), jnp.int32),
-        ids=jax.ShapeDtypeStruct((16,), jnp.uint32),
-        seen=None,
-    )
-    data = (np.zeros(1, np.int32), generate.numbers(GREEDY), np.int32(4))
-    args = Filters.of(GREEDY), weights.abstract(m.table), state, *data
-    used = programs.decode.function.lower(*args).compile().memory_analysis()
-    whole = cache.states["layers/"].k.size * cache.states["layers/"].k.dtype.itemsize
-    assert used.temp_size_in_bytes < whole, "a copy of the keys or values of all layers"
+    state = jax.eval_shape(lambda: programs._start((size, prompt, ring, False)))
+    done = jax.ShapeDtypeStruct((size,), bool)
+    args = weights.abstract(m.table, dtype), state, done, np.zeros(1, np.int32), generate.numbers(GREEDY)
+    return functools.partial(programs._decode, Filters.of(GREEDY)), (*args, np.int32(4), np.int32(size))
+
+
+def _written(hlo: str, least: int) -> list[tuple[str, str]]:
+    """(operation, result) of what a program writes to memory in arrays of at least so many bytes."""
+    fused = set(re.findall(r"calls=%?([\w.\-]+)", hlo))
+    found, inside = [], ""
+    for line in re.sub(r"/\*.*?\*/", "", hlo).splitlines():
+        if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            inside = head[1]
+        op = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\(", line)
+        free = ("parameter", "get-tuple-element", "tuple", "while", "bitcast")
+        if op is None or inside in fused or op[3] in free:
+            continue
+        for kind, dims in re.findall(r"([a-z]+\d+)\[([\d,]+)\]", op[2]):
+            if prod(map(int, dims.split(","))) * int(re.sub(r"\D", "", kind)) // 8 >= least:
+                found.append((f"{op[1]} {op[3]}", f"{kind}[{dims}]"))
+    return found
+
+
+@tpu.needs_libtpu
+@pytest.mark.parametrize("unroll", [1, True])
+def test_a_step_on_tpu_reads_the_cache_where_it_lies(unroll):
+    L, B, S = 2, 64, 1024
+    m = tiny.model(
+        vocab_size=2048, num_hidden_layers=L, hidden_size=512, intermediate_size=1024, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=128,
+    ).with_options(dtype=jnp.bfloat16, unroll=unroll)  # fmt: skip
+    step, args = _step(m, B, 256, S - 256, jnp.bfloat16)
+    program = tpu.program(step, *args, donate_argnums=1)
+    keys = args[1].cache.states["layers/"].k
+    assert keys.shape == (L, B, 4, S, 128)
+    whole = keys.size * 2
+    # one write a step of all layers' new keys, one of their values, in place; no copy, slice or transpose of
+    # so much as a layer's, in no memory
+    writes = _written(program.hlo, whole // L // 2)
+    assert all("update" in op and size == f"bf16[{L},{B},4,{S},128]" for op, size in writes), writes
+    assert len(writes) == 2
+    used = program.compiled.memory_analysis()
+    assert used.alias_size_in_bytes >= 2 * whole and used.temp_size_in_bytes < whole // L // 2
+    if unroll is True:  # a loop's body is counted once
+        needed = generate.step_bytes(m, args[0], B, S)
+        assert needed < program.bytes_accessed < 1.3 * needed  # activations, and what is moved ahead
+
+
+def test_a_step_on_cpu_updates_the_cache_in_place():
+    """What XLA does not do on CPU is read a layer where it lies: it is copied to a buffer, one at a time."""
+    L = 8
+    m = tiny.model(vocab_size=400, num_hidden_layers=L)
+    step, args = _step(m, 16, 64, 448, jnp.float32)
+    used = jax.jit(step, donate_argnums=1).lower(*args).compile().memory_analysis()
+    whole = args[1].cache.states["layers/"].k.size * 4
+    assert used.temp_size_in_bytes < 2.5 * whole / L, "more than a layer's keys and values"
     assert used.alias_size_in_bytes > 2 * whole, "the cache is not updated in place"
 
 
@@ -255,9 +408,8 @@ def test_sampling_filters_equal_transformers(options):
 def test_draws_follow_the_probabilities():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
     o = GenerateOptions(temperature=1.0)
-    draw = jax.vmap(
-        lambda i: generate.choose(logits, None, Filters.of(o), generate.numbers(o), jnp.array([3]), i)
-    )
+    drawing = Filters.of(o), generate.numbers(o), jnp.array([3]), jnp.array([0])
+    draw = jax.vmap(lambda i: generate.choose(logits, None, *drawing, i[None]))
     share = np.bincount(np.asarray(draw(jnp.arange(4000)))[:, 0], minlength=3) / 4000
     np.testing.assert_allclose(share, [0.5, 0.3, 0.2], atol=0.03)
 

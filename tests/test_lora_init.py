@@ -118,7 +118,7 @@ def test_factors_are_pefts(how):
     )
     theirs = {k: p.detach().numpy() for k, p in net.named_parameters()}
     A, B = (theirs[f"base_model.model.q.lora_{x}.default.weight"] for x in "AB")
-    a, b = lora_init.from_weight(how, jnp.asarray(w.T)[None], 4, jnp.array([1.5]), jax.random.key(0))
+    a, b = lora_init.from_weight(how, jnp.asarray(w.T)[None], 1, 4, jnp.array([1.5]), jax.random.key(0))
     np.testing.assert_allclose(a[0] @ b[0], (B @ A).T, atol=1e-5)
     np.testing.assert_allclose(np.abs(a[0]), np.abs(A.T), atol=1e-5)  # singular vectors have no sign
     residual = theirs["base_model.model.q.base_layer.weight"]
@@ -130,7 +130,9 @@ def test_the_power_method_finds_the_singular_vectors():
     u, v = (np.linalg.qr(rng.normal(size=(n, 30)))[0] for n in (40, 50))
     w = (u * 0.7 ** np.arange(30)) @ v.T
     exact, found = (
-        lora_init.from_weight(how, jnp.asarray(w, jnp.float32)[None], 5, jnp.array([2.0]), jax.random.key(1))
+        lora_init.from_weight(
+            how, jnp.asarray(w, jnp.float32)[None], 1, 5, jnp.array([2.0]), jax.random.key(1)
+        )
         for how in ("pissa", "pissa_niter_6")
     )
     np.testing.assert_allclose(exact[0][0] @ exact[1][0], found[0][0] @ found[1][0], atol=1e-5)

@@ -140,7 +140,7 @@ def test_losses_give_the_heads_gradient(options, tied):
         return -jnp.sum(jnp.take_along_axis(logp, targets[..., None], -1)[..., 0] * weight)
 
     def chunked(head, hidden):
-        return linear_cross_entropy(model.unembed, leaf(head), hidden, targets, weight, 4, False)
+        return linear_cross_entropy(model.unembed, leaf(head), hidden, targets, weight, 4, False)[0]
 
     def logprobs(head, hidden):
         return -jnp.sum(
@@ -263,5 +263,9 @@ def test_freezing_has_no_effect_with_lora(ftjax):  # noqa: F811
     code, said = ftjax("sft", "train.freeze=[norm]")
     assert code == 2 and "train.freeze has no effect in this run: lora trains nothing of the base" in said
     code, said = ftjax("sft", "lora.init_lora_weights=loftq")
-    assert code == 2 and "from Python only, by ftjax.lora_init.loftq" in said
+    assert code == 2 and "loftq begins at what quantising takes off the base: set quant.kind" in said
+    code, said = ftjax("sft", "lora=null", "quant.kind=nf4")
+    assert code == 2 and "quant.kind has no effect in this run: lora is null" in said
+    code, said = ftjax("sft", "quant.kind=int8", "quant.double=false")
+    assert code == 2 and "quant.double has no effect in this run: the scales of int8 are not" in said
     assert not pathlib.Path("run").exists()

@@ -77,7 +77,7 @@ def test_dpo_on_packed_rows_equals_torch_on_single_documents():
 def test_next_token_never_crosses_documents():
     batch = {k: v[0] for k, v in tiny.pack([tiny.documents(3)], 48).items()}
     batch["loss_weight"] = np.ones_like(batch["loss_weight"])  # the first token of each document, too
-    _, weight = next_token({k: jnp.array(v) for k, v in batch.items()})
+    weight = next_token({k: jnp.array(v) for k, v in batch.items()})["weight"]
     segments = batch["segments"][0]
     starts = np.flatnonzero(np.diff(segments, prepend=0) > 0)
     assert not np.any(np.asarray(weight)[0, starts[1:] - 1])
@@ -106,7 +106,8 @@ def test_noise_beside_the_head_has_gradients(kind):
     def dense(trainable):
         params = params_of(trainable, frozen, batch["rng"])
         hidden, _, _ = model(params, batch["tokens"], batch["positions"], batch["segments"])
-        targets, weight = next_token(batch)
+        after = next_token(batch)
+        targets, weight = after["targets"], after["weight"]
         order = jnp.argsort(weight == 0, axis=1, stable=True)
         hidden, targets, weight = (
             jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), 1)

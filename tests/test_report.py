@@ -2,6 +2,7 @@
 
 import html
 import html.parser
+import importlib
 import io
 import json
 import math
@@ -83,12 +84,113 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
     assert files.read_json(tmp_path / "summary.json")["trained"] == 60.0
 
 
+@pytest.mark.parametrize(
+    ("every", "done", "first", "lost"),
+    [(1, 2, 5, "3–5"), (1, 0, 3, "1–3"), (1, 5, 5, None), (1, 5, 3, None), (4, 5, 7, None), (4, 5, 8, "5–8")],
+)
+def test_a_resumed_run_says_which_lines_are_lost(every, done, first, lost, tmp_path):
+    options = ReportOptions(tensorboard=False, every=every)
+    for resume_step, last in ((0, done), (first, first + 1), (first + 1, first + 2)):
+        report = reporter(tmp_path, resume_step=resume_step, options=options, total_steps=20)
+        run_steps(report, resume_step + 1, last)
+        report.close()
+    said = [r["message"] for r in files.read_lines(tmp_path / "metrics.jsonl") if r["kind"] == "event"]
+    assert [m.partition(":")[0] for m in said] == (
+        [f"metrics.jsonl has no lines of steps {lost}"] if lost else []
+    )  # once
+
+
 def test_a_run_started_anew_forgets_what_was_there(tmp_path):
     for _ in range(2):
         report = reporter(tmp_path)
         run_steps(report, 1, 2)
         report.close()
-    assert [r["step"] for r in files.read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 2]
+    records = [r for r in files.read_lines(tmp_path / "metrics.jsonl") if r["kind"] != "time"]
+    assert [r["step"] for r in records] == [1, 2, 2]
+
+
+class Clock:
+    """Both clocks of this machine; the wall's jumps."""
+
+    def __init__(self):
+        self.now, self.jumped = 100.0, 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def time(self):
+        return 1e9 + self.now + self.jumped
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(importlib.import_module("ftjax.report.reporter"), "time", clock)
+    return clock
+
+
+def process(run, clock, first, last, killed=False):
+    """One that goes on from `first`: 4 s to begin, 1 s to restore, 5 s to compile, steps of 2 s with a wait
+    of half a second, 3 s for the save after step 3, an evaluation of 1 s at the end."""
+    began = clock.now
+    clock.now += 4
+    report = reporter(run, resume_step=first, began=began)
+    report.start(INFO)
+    if first:
+        clock.now += 1
+        report.spent("restore", 1)
+    report.spent("start", 4)
+    for part, seconds in (("compile", 5),):
+        clock.now += seconds
+        report.spent(part, seconds)
+    for step in range(first + 1, last + 1):
+        clock.now += 2
+        report.train(step, metrics(step, seconds=2.0, input_wait=0.5))
+        if step == 3:
+            with report.spending("save"):
+                clock.now += 3
+    if killed:
+        report.close()
+    else:
+        with report.spending("evaluate"):
+            clock.now += 1
+        report.finish({})
+    return report
+
+
+def test_goodput_of_a_run_that_was_killed_and_went_on(tmp_path, clock):
+    process(tmp_path, clock, 0, 2, killed=True)  # before anything was saved
+    clock.now += 20
+    process(tmp_path, clock, 0, 5, killed=True)
+    clock.now += 30
+    process(tmp_path, clock, 3, 4, killed=True)
+    clock.now += 10
+    process(tmp_path, clock, 3, 6)
+    wall = clock.now - 100
+    summary = files.read_json(tmp_path / "summary.json")
+    assert summary["time"] == {
+        "productive": 6 * 1.5,
+        "recomputed": 2 * (2 + 2 + 1),  # 2 steps of the first process, 2 of the second, 1 of the third
+        "input_wait": 6 * 0.5,
+        "start": 16,
+        "restore": 2,
+        "compile": 20,
+        "save": 3,
+        "evaluate": 1,
+        "stopped": 60,
+    }
+    assert sum(summary["time"].values()) == wall and summary["goodput"] == 9 / wall
+    last = files.read_lines(tmp_path / "metrics.jsonl")[-1]
+    assert last["kind"] == "time" and last["wall"] == wall
+    assert f"{9 / wall:.1%} of 2:04" in (tmp_path / "report.html").read_text()
+
+
+def test_a_clock_that_jumps_does_not_change_goodput(tmp_path, clock):
+    process(tmp_path, clock, 0, 3, killed=True)
+    clock.jumped = -1e6
+    process(tmp_path, clock, 3, 6)
+    spent = files.read_json(tmp_path / "summary.json")["time"]
+    assert sum(spent.values()) == clock.now - 100 and "stopped" not in spent
 
 
 def test_only_the_first_process_writes(tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +60,21 @@ def test_reports_every_step_once_and_saves_on_time():
     assert [step for step, _ in reports] == list(range(1, 11))
     assert [s[0] for s in saved] == [4, 8, 10]
     assert int(state.step) == 10
+
+
+def test_a_steps_seconds_are_its_own():
+    def step(state, batch):
+        time.sleep(0.6 if int(state.step) % 2 else 0.0)
+        return STEP(state, {}, batch)
+
+    reports, begin = [], lambda: train.init_state({"w": jnp.zeros(3)}, TX)
+    step(begin(), next(stream(0)))  # compiled
+    train.fit(
+        begin(), step, stream(0), total_steps=6, save=lambda s, p: None, save_every=4,
+        report=lambda at, metrics: reports.append(metrics), documents=lambda at: [],
+    )  # fmt: skip
+    assert [m["seconds"] > 0.5 for m in reports] == [False, True] * 3
+    assert all(m["input_wait"] <= m["seconds"] for m in reports)
 
 
 def test_goes_on_exactly_where_it_stopped():

@@ -4,11 +4,12 @@ import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ftjax import cli
+from ftjax import cli, report
 
 HERE = pathlib.Path(__file__).parent
 MODEL = HERE / "assets" / "tiny_model"
@@ -80,7 +81,7 @@ def test_what_a_run_says_and_leaves(ftjax, folder):
     assert "1970" not in (folder / "run" / "report.html").read_text()
 
 
-@pytest.mark.parametrize("mesh", [("mesh.fsdp=4", "mesh.tp=2"), ("mesh.fsdp=8",)])
+@pytest.mark.parametrize("mesh", [("mesh.fsdp=4", "mesh.tp=2"), ("mesh.cp=2", "mesh.sp=2")])
 @pytest.mark.parametrize("how", ["lora.r=4", "lora=null"])
 def test_meshes_of_the_config_export_the_same(ftjax, how, mesh):
     name = {"lora.r=4": "adapter/adapter_model.safetensors", "lora=null": "model/model.safetensors"}[how]
@@ -192,7 +193,8 @@ def test_mixtures_and_buckets(ftjax):
 
 @pytest.mark.parametrize(
     "setting",
-    ["train.microbatches=0", "train.loss_chunk=0", "train.epochs=-1", "train.unroll=-1", "train.max_steps=0",
+    ["train.microbatches=0", "train.loss_chunk=0", "train.label_smoothing=1",
+     "train.z_loss_coef=-1", "train.epochs=-1", "train.unroll=-1", "train.max_steps=0",
      "train.neftune_alpha=-3", "eval.every=-1", "eval.patience=0", "train.microbatches=3"],
 )  # fmt: skip
 def test_numbers_out_of_range(ftjax, setting):
@@ -221,3 +223,14 @@ def test_hh_rlhf_trains(ftjax, folder):
         "dpo", "model=model", "data.train=hh.jsonl", "data.max_length=1024", "data.on_bad=drop"
     )
     assert code == 0 and "hh format" in said, said
+
+
+def test_too_little_memory_says_what_needs_less(ftjax, monkeypatch):
+    def full(*args):
+        said = "RESOURCE_EXHAUSTED: Out of memory allocating 12884901888 bytes."
+        raise jax.errors.JaxRuntimeError(said + "\nBufferAssignment: …")
+
+    monkeypatch.setattr(report.Reporter, "train", full)
+    code, said = ftjax("sft")
+    assert code == 2 and "Out of memory allocating 12884901888 bytes." in said and "train.remat" in said
+    assert "Traceback" not in said and "BufferAssignment" not in said

@@ -14,10 +14,9 @@ were drawn once.
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import grain
 import numpy as np
 
 from ftjax.data.dataset import Units
@@ -34,9 +33,10 @@ class Loader:
     B, P] for preference data: 1 where pair i exists, whose chosen and rejected are segments 2i+1 and 2i+2
     of the row.
 
-    `batch_size` counts the rows of a step over all hosts, A·B·hosts; each host gets the rows of its part of
-    B. Without `train` the data passes once, in order, and empty rows fill the last batch. Raises UserError
-    where microbatches or hosts do not divide the batch.
+    `batch_size` counts the rows of a step over all hosts, A·B; `rows` are those of a microbatch's B that this
+    host reads, in order, all where not given. Without `train` the data passes once, in order, and empty rows
+    fill the last batch. Raises UserError where microbatches do not divide the batch. `prefetch` batches are
+    read ahead, `threads` of them at a time: slow disks are waited for side by side.
     """
 
     def __init__(
@@ -48,15 +48,14 @@ class Loader:
         microbatches: int = 1,
         seed: int = 0,
         train: bool = True,
-        process_index: int = 0,
-        process_count: int = 1,
-        threads: int = 2,
-        prefetch: int = 4,
+        rows: Sequence[int] | None = None,
+        threads: int = 16,
+        prefetch: int = 16,
     ):
-        check_batch(batch_size, microbatches, process_count)
+        check_batch(batch_size, microbatches, 1)
         self.units, self.batch_size, self.microbatches, self.train = units, batch_size, microbatches, train
-        self._host, self._hosts = process_index, process_count
-        self._read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+        self._here = range(batch_size // microbatches) if rows is None else list(rows)
+        self._threads, self._prefetch = threads, prefetch
         self._rows = _Rows(units, options, batch_size, seed, train)
         self.pairs_per_row: int | None = None
         if units.documents_per_unit == 2:
@@ -76,21 +75,26 @@ class Loader:
 
     def steps(self, epochs: float) -> int:
         """Steps that see that many epochs, at least one."""
+        return max(1, int(-(-self.rows(epochs) // self.batch_size)))
+
+    def rows(self, epochs: float) -> float:
+        """Of so many epochs."""
         whole = int(epochs)
         rows = self._rows.before(whole)
-        if epochs > whole:
-            rows += (epochs - whole) * self._rows.count(whole)
-        return max(1, int(-(-rows // self.batch_size)))
+        return rows + (epochs - whole) * self._rows.count(whole) if epochs > whole else rows
 
     def batches(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """This host's batches from a step on; endless in training."""
-        per_host = self.batch_size // self._hosts
+        import grain  # slow to import, and not needed to plan
+
+        per_host = self.microbatches * len(self._here)
         rows = grain.MapDataset.source(_HostRows(self, per_host))
         if start_step:
             rows = rows[start_step * per_host :]
         shape = (self.microbatches, per_host // self.microbatches)
         batched = rows.batch(per_host, drop_remainder=True, batch_fn=lambda rows: _stack(rows, shape))
-        yield from batched.to_iter_dataset(self._read)
+        read = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=self._prefetch)
+        yield from batched.to_iter_dataset(read)
 
     def documents(self, step: int) -> list[str]:
         """The "file:line" of every document in a step's batch, on all hosts."""
@@ -161,8 +165,7 @@ class _HostRows:
         step, within = divmod(int(index), self._per_host)
         microbatch, row = divmod(within, self._per_host // loader.microbatches)
         a_rows = loader.batch_size // loader.microbatches
-        first = loader._host * (a_rows // loader._hosts)
-        return loader._row(step * loader.batch_size + microbatch * a_rows + first + row)
+        return loader._row(step * loader.batch_size + microbatch * a_rows + loader._here[row])
 
 
 class _Rows:

@@ -89,9 +89,14 @@ class StreamLoader:
         """1, or 2 for preference pairs: of the first example."""
         units = self._units()
         count = len(next(units)[0])
+        self.pairs_per_row = self._pairs() if count == 2 else None
         units.close()
         self.reports[:] = [Report(s.path) for s in self._sources]
         return count
+
+    def _pairs(self) -> int:
+        """The shortest pair to come is not known: P allows for pairs of 16 tokens on average."""
+        return max(1, self.options.max_length // 16)
 
     def steps(self, epochs: float) -> int:
         raise UserError("data.streaming: the length of the data is not known: set train.max_steps")
@@ -117,8 +122,7 @@ class StreamLoader:
         for unit, where in self._units():
             size = sum(len(d.tokens) for d in unit)
             if len(unit) == 2 and self.pairs_per_row is None:
-                # The shortest pair to come is not known: P allows for pairs of 16 tokens on average.
-                self.pairs_per_row = max(1, length // 16)
+                self.pairs_per_row = self._pairs()
             full = self.pairs_per_row is not None
             row = next(
                 (

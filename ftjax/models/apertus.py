@@ -4,9 +4,10 @@ two trained numbers a layer (Huang & Schlag 2024, arXiv:2411.13010). Swiss AI 20
 import jax
 import jax.numpy as jnp
 
-from ftjax.models.arcee import TwoMatrixBlock, no_gate
-from ftjax.models.decoder import LAYER, QK_NORM, Rows
+from ftjax.models.arcee import no_gate
+from ftjax.models.decoder import LAYER, QK_NORM, Block, Rows
 from ftjax.models.llama import NO_WINDOW, Llama, LlamaConfig
+from ftjax.ops import recomputed
 from ftjax.weights import VECTOR, Layout, Weight
 
 NUMBER = Layout("number", VECTOR.load, lambda x, lead, ins, outs: x.reshape(()))  # a tensor of no axes
@@ -27,17 +28,22 @@ class ApertusConfig(LlamaConfig):
         return super().sizes | dict(Z=1)
 
 
-class ApertusBlock(TwoMatrixBlock):
+class ApertusBlock(Block):
     def act(self, up):
         """xIELU: a parabola above 0; below, an exponential that turns back up."""
         alpha_p, alpha_n, beta, eps = (
             self.w[name].astype(jnp.float32) for name in ("alpha_p", "alpha_n", "beta", "eps")
         )
         beta, eps = jax.lax.stop_gradient((beta, eps))  # constants that the checkpoint holds
-        x = up.astype(jnp.float32)
-        above = jax.nn.softplus(alpha_p) * x * x
-        below = (beta + jax.nn.softplus(alpha_n)) * (jnp.expm1(jnp.minimum(x, eps)) - x)
-        return (jnp.where(x > 0, above, below) + beta * x).astype(up.dtype)
+
+        @recomputed
+        def xielu(up, alpha_p, alpha_n, beta, eps):
+            x = up.astype(jnp.float32)
+            above = jax.nn.softplus(alpha_p) * x * x
+            below = (beta + jax.nn.softplus(alpha_n)) * (jnp.expm1(jnp.minimum(x, eps)) - x)
+            return (jnp.where(x > 0, above, below) + beta * x).astype(up.dtype)
+
+        return xielu(up, alpha_p, alpha_n, beta, eps)
 
 
 class Apertus(Llama):

@@ -32,7 +32,7 @@ class CohereBlock(Block):
 
     def __call__(self, x_BTD):
         h_BTD = self.norm(x_BTD, "attn_norm")
-        return x_BTD + self.attention(h_BTD) + self.mlp(h_BTD)
+        return x_BTD + self.attention(h_BTD) + self.feed_forward(h_BTD)
 
     def normalise(self, x, name):
         return layer_norm(x, self.w[name], None, self.cfg.layer_norm_eps)
@@ -47,9 +47,6 @@ class Cohere(Decoder):
     def block_rows(cls, cfg, kind):
         rows = ATTENTION | MLP | (HEAD_NORM if cfg.use_qk_norm else {})
         return rows | QKV_BIAS | O_BIAS if cfg.attention_bias else rows
-
-    def finish(self, w, x_BTD):
-        return layer_norm(x_BTD, w["final_norm"], None, self.cfg.layer_norm_eps)
 
     @staticmethod
     def unembed(cfg, head, hidden):

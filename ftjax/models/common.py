@@ -12,8 +12,11 @@ from flax import linen as nn
 from flax import struct
 
 from ftjax.errors import UserError
-from ftjax.ops.layers import ROPE_TYPES
-from ftjax.weights import NoisyEmbedding, Table
+from ftjax.ops import target
+from ftjax.ops.attention import IMPLEMENTATIONS
+from ftjax.ops.layers import ROPE_TYPES, shard, shards
+from ftjax.ops.memory import LADDER
+from ftjax.weights import LoraWeight, NoisyEmbedding, RowsWeight, Table
 
 # Keys of config.json that change nothing a forward pass computes.
 IGNORED = frozenset(
@@ -98,13 +101,13 @@ class ModelConfig:
             given["rope_parameters"] = read_rope(hf)
         given.setdefault("no_rope", ())
         names = [f.name for f in dataclasses.fields(cls) if f.name not in given]
-        return cls(**{name: _hashable(getattr(hf, name)) for name in names}, **given)
+        return cls(**{name: hashable(getattr(hf, name)) for name in names}, **given)
 
 
-def _hashable(value):
+def hashable(value):
     if isinstance(value, Mapping):
-        return tuple(sorted((k, _hashable(v)) for k, v in value.items()))
-    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
+        return tuple(sorted((k, hashable(v)) for k, v in value.items()))
+    return tuple(map(hashable, value)) if isinstance(value, list | tuple) else value
 
 
 def read_rope(hf) -> tuple[tuple[str, Any], ...]:
@@ -117,7 +120,7 @@ def read_rope(hf) -> tuple[tuple[str, Any], ...]:
             raise UserError(
                 f"config.json: rope_type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
             )
-    return _hashable(parameters)  # type: ignore[return-value]
+    return hashable(parameters)  # type: ignore[return-value]
 
 
 def read_windows(config) -> tuple[int | None, ...]:
@@ -134,8 +137,26 @@ class RunOptions:
     """How a model is computed, not what: set with `model.with_options`."""
 
     dtype: Any = jnp.float32  # of activations and products; parameters keep the dtype they are loaded in
-    remat: str = "none"  # a key of REMAT
-    unroll: int | bool = 1  # layers an iteration of the layer loop; True unrolls all
+    remat: str = "none"  # a key of ops.memory.LADDER
+    unroll: int | bool | str = 1  # layers an iteration of the layer loop; True "all", "auto" by UNROLL
+    attention: str = "auto"  # one of ops.IMPLEMENTATIONS
+    documents: int | None = None  # the most documents that a row may hold, where its maker promises that
+    mlp_chunk: int | None = None  # positions of each row that go through the MLP at a time
+    zigzag: int = 1  # devices over which the tokens of a row come in zig-zag order (ops.attention)
+
+    def __post_init__(self):
+        if isinstance(self.unroll, bool):  # equal to a number, which would be another program
+            object.__setattr__(self, "unroll", "all" if self.unroll else 1)
+
+    def unrolled(self, length: int) -> int:
+        """Layers an iteration of a loop over `length` of them."""
+        count = UNROLL[target.kind()] if self.unroll == "auto" else self.unroll
+        return length if count == "all" else min(int(count), length)
+
+
+# What `unroll: auto` is. On a GPU a loop's stacked residuals cost a quarter of the step; on a TPU they cost
+# little; on CPU they cost too, but the compile is six times as long and recomputation saves half as much.
+UNROLL: dict[str, int | str] = {"gpu": "all", "tpu": 1, "cpu": 1}
 
 
 def check_keys(raw: Mapping[str, Any], known: Mapping[str, tuple | None]) -> None:
@@ -158,56 +179,75 @@ def check_keys(raw: Mapping[str, Any], known: Mapping[str, tuple | None]) -> Non
         )
 
 
-REMAT = {
-    "none": None,
-    "act": jax.checkpoint_policies.save_anything_except_these_names("norm", "act"),
-    "mlp": jax.checkpoint_policies.save_only_these_names("q", "k", "v", "attention", "o"),
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
-
 class KV(struct.PyTreeNode):
-    """Keys and values of a stack of layers so far, [L, B, S, K, H]; the two may differ in H."""
+    """Keys and values of a stack of layers so far, [L, B, K, S, H]; the two may differ in H. In this order
+    batched products read them as they lie."""
 
     k: jax.Array
     v: jax.Array
 
     @classmethod
     def empty(cls, layers: int, batch: int, length: int, heads: int, dims: tuple[int, int], dtype):
-        return cls(*(jnp.zeros((layers, batch, length, heads, dim), dtype) for dim in dims))
+        return cls(*(jnp.zeros((layers, batch, heads, length, dim), dtype) for dim in dims))
+
+    def layer(self, layer):
+        """(k, v) of one layer, [B, K, S, H]."""
+        read = functools.partial(jax.lax.dynamic_index_in_dim, index=layer, axis=0, keepdims=False)
+        return read(self.k), read(self.v)
 
     def append(self, layer, slot, k_BTKH, v_BTKH):
-        """(cache, k [B, S, K, H], v) with one layer's new keys and values at `slot`."""
-        zero = jnp.zeros_like(slot)
-        at = (layer, zero, slot, zero, zero)
-        k = jax.lax.dynamic_update_slice(self.k, k_BTKH.astype(self.k.dtype)[None], at)
-        v = jax.lax.dynamic_update_slice(self.v, v_BTKH.astype(self.v.dtype)[None], at)
-        read = functools.partial(jax.lax.dynamic_index_in_dim, index=layer, axis=0, keepdims=False)
-        return self.replace(k=k, v=v), read(k).astype(k_BTKH.dtype), read(v).astype(v_BTKH.dtype)
+        """(cache, k [B, S, K, H], v) with one layer's new keys and values from `slot` on."""
+        put = lambda x, new: _put(x, jnp.swapaxes(new, 1, 2)[None], {0: layer, 3: slot})  # noqa: E731
+        state = KV(put(self.k, k_BTKH), put(self.v, v_BTKH))
+        k_BKSH, v_BKSH = state.layer(layer)
+        k_BSKH, v_BSKH = (jnp.swapaxes(x, 1, 2) for x in (k_BKSH, v_BKSH))
+        return state, k_BSKH.astype(k_BTKH.dtype), v_BSKH.astype(v_BTKH.dtype)
+
+    def write(self, slot, k_LBTKH, v_LBTKH) -> "KV":
+        """With the new keys and values of all layers from `slot` on."""
+        put = lambda x, new: _put(x, jnp.swapaxes(new, 2, 3), {3: slot})  # noqa: E731
+        return KV(put(self.k, k_LBTKH), put(self.v, v_LBTKH))
 
     def begin(self, prefix: "KV") -> "KV":
         """With every row beginning as the one row of `prefix`."""
-        put = lambda x, p: x.at[:, :, : p.shape[2]].set(p)  # noqa: E731
+        put = lambda x, p: x.at[:, :, :, : p.shape[3]].set(p)  # noqa: E731
         return KV(put(self.k, prefix.k), put(self.v, prefix.v))
 
 
+def _put(x, new, at: Mapping[int, Any]):
+    """x with the block `new` in place, which begins at `at` {axis: index}, else at 0."""
+    starts = [jnp.asarray(at.get(axis, 0), jnp.int32) for axis in range(x.ndim)]
+    return jax.lax.dynamic_update_slice(x, new.astype(x.dtype), starts)
+
+
 class Cache(struct.PyTreeNode):
-    """What decoding keeps: for each stack of layers (by its prefix in the table) a KV or another state with
-    its methods; slot s of row b holds segment segments[b, s] at positions[b, s]. All rows fill the same
-    slots, so prompts of unequal length are padded on the left."""
+    """What decoding keeps: for each stack of layers (by its prefix in the table) a KV or another state whose
+    leaves are [L, B, …]; slot s of row b holds segment segments[b, s] at positions[b, s], segment -1 where it
+    is free.
+
+    All rows write to the same slot at a time, so that a step is one write for all of them. The slots from
+    `prompt` on are a ring: a row that has ended gives way to another by `place`, which puts the newcomer's
+    prompt into the first `prompt` slots and frees the rest, and then goes on at the slot where all are. What
+    a row writes is not reached again before as many steps as the ring has slots. Prompts of unequal length
+    are padded on the left."""
 
     states: dict[str, Any]
     segments: jax.Array
     positions: jax.Array
-    length: jax.Array  # slots in use, a scalar
+    length: jax.Array  # tokens that a row that was here from the beginning has, a scalar
+    prompt: int = struct.field(pytree_node=False, default=0)
+
+    @property
+    def slot(self):
+        """The next to be written."""
+        ring = self.segments.shape[1] - self.prompt
+        return self.prompt + (self.length - self.prompt) % ring
 
     def mark(self, segments_BT, positions_BT):
         """Claim the next T slots; each layer then writes there, and `advance` ends the step."""
-        at = (jnp.zeros_like(self.length), self.length)
+        put = lambda x, new: _put(x, new, {1: self.slot})  # noqa: E731
         return self.replace(
-            segments=jax.lax.dynamic_update_slice(self.segments, segments_BT, at),
-            positions=jax.lax.dynamic_update_slice(self.positions, positions_BT, at),
+            segments=put(self.segments, segments_BT), positions=put(self.positions, positions_BT)
         )
 
     def advance(self, count):
@@ -216,11 +256,24 @@ class Cache(struct.PyTreeNode):
     def begin(self, prefix: "Cache") -> "Cache":
         """An empty cache with every row beginning as the one row of `prefix`."""
         P = prefix.segments.shape[1]
-        return Cache(
+        return self.replace(
             states={name: state.begin(prefix.states[name]) for name, state in self.states.items()},
             segments=self.segments.at[:, :P].set(prefix.segments),
             positions=self.positions.at[:, :P].set(prefix.positions),
             length=prefix.length,
+        )
+
+    def place(self, row, other: "Cache", at) -> "Cache":
+        """With row `at` of `other`, which has at most `prompt` slots, in place of row `row`."""
+
+        def put(x, y, axis=1):
+            return _put(x, jax.lax.dynamic_index_in_dim(y, at, axis), {axis: row})
+
+        free = jnp.full((1, self.segments.shape[1]), -1, jnp.int32)
+        return self.replace(
+            states=jax.tree.map(put, self.states, other.states),
+            segments=put(_put(self.segments, free, {0: row}), other.segments, axis=0),
+            positions=put(self.positions, other.positions, axis=0),
         )
 
 
@@ -250,10 +303,21 @@ class Model:
 
     def head(self, params):
         """What `unembed` takes, a leaf or (leaf, bias): where the two are tied the embedding table itself,
-        without its look-ups' noise."""
+        without its look-ups' noise. Its hidden axis is gathered here, once, not by each chunk of a loss."""
         head, bias = params[self.head_path], params.get("lm_head_bias")
         head = head.base if isinstance(head, NoisyEmbedding) else head
+        if isinstance(head, LoraWeight | RowsWeight):
+            head = head.replace(base=self._gathered(head.base))
+        else:
+            head = self._gathered(head)
         return head if bias is None else (head, bias)
+
+    def _gathered(self, head):
+        if not isinstance(head, jax.Array):
+            return head
+        axes = self.table.dims(self.head_path)
+        even = self.config.vocab_size % shards("V") == 0
+        return shard(head, axes if even else axes.replace("V", "_"))
 
     def unembed(self, head, hidden):
         return self.module_type.unembed(self.config, head, hidden)  # type: ignore[attr-defined]
@@ -267,7 +331,8 @@ class Model:
         hidden_BTD, _, _ = self(params, tokens_BT, positions_BT, segments_BT)
         return self.unembed(self.head(params), hidden_BTD)
 
-    def init_cache(self, batch: int, length: int, dtype=None) -> Cache:
+    def init_cache(self, batch: int, length: int, dtype=None, prompt: int = 0) -> Cache:
+        """An empty cache of `length` slots a row; see Cache for `prompt`."""
         dtype = dtype or self.options.dtype
         states = {}
         for run in self.table.runs:
@@ -277,7 +342,7 @@ class Model:
                 if state is not None:
                     states[prefix] = state
         slots = jnp.zeros((batch, length), jnp.int32)
-        return Cache(states=states, segments=slots - 1, positions=slots, length=jnp.int32(0))
+        return Cache(states, segments=slots - 1, positions=slots, length=jnp.int32(prompt), prompt=prompt)
 
     @property
     def recurrent(self) -> bool:
@@ -286,7 +351,12 @@ class Model:
         return any(self.module_type.block(kind).recurrent for kind in kinds)  # type: ignore[attr-defined]
 
     def with_options(self, **changes) -> "Model":
-        """`dtype`, `remat` (a key of REMAT), `unroll`: see RunOptions."""
-        if changes.get("remat", "none") not in REMAT:
-            raise UserError(f"remat={changes['remat']!r} is unknown; one of: {', '.join(REMAT)}")
+        """`dtype`, `remat` (a key of LADDER), `unroll`, `attention`, `documents`, `mlp_chunk`, `zigzag`: see
+        RunOptions."""
+        if changes.get("remat", "none") not in LADDER:
+            raise UserError(f"remat={changes['remat']!r} is unknown; one of: {', '.join(LADDER)}")
+        if changes.get("attention", "auto") not in IMPLEMENTATIONS:
+            raise UserError(
+                f"attention={changes['attention']!r} is unknown; one of: {', '.join(IMPLEMENTATIONS)}"
+            )
         return dataclasses.replace(self, options=dataclasses.replace(self.options, **changes))

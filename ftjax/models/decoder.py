@@ -17,9 +17,26 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
 from ftjax.errors import UserError
-from ftjax.models.common import KV, REMAT, Cache, ModelConfig, RunOptions, check_keys
-from ftjax.ops import attention, einsum, embed, rms_norm, rope, rope_table, shard, silu_times
-from ftjax.weights import LOOKUP, Run, Table, Weight, find_runs
+from ftjax.models.common import KV, Cache, ModelConfig, RunOptions, check_keys
+from ftjax.ops import (
+    activation,
+    attention,
+    decode_attention,
+    einsum,
+    einsums,
+    embed,
+    memory,
+    places,
+    reshard,
+    rms_norm,
+    rope,
+    rope_table,
+    shard,
+    shards,
+    silu_times,
+)
+from ftjax.ops.attention.facts import keeps_promise
+from ftjax.weights import LOOKUP, Run, Table, Weight, find_runs, fold_in
 
 Rows = dict[str, Weight]
 Keys = Mapping[str, tuple | None]
@@ -63,28 +80,40 @@ MLP_BIAS: Rows = {
 }
 
 
+def later_layers(cfg, count: int) -> str:
+    """A regex of the names in `count` layers after the last, which only predict further tokens; "" for 0."""
+    after = "|".join(str(cfg.num_hidden_layers + i) for i in range(count))
+    return rf"|model\.layers\.({after})\..*" if count else ""
+
+
 class Shared(struct.PyTreeNode):
-    """What all layers see: (segments, positions) of queries and of keys; the rotary table (of one kind, or a
-    dict or list of them as the family made it); the cache's first free slot, None in training."""
+    """What all layers see: (segments, positions) of queries, of keys, and of the cache's slots before this
+    call; the rotary table (of one kind, or a dict or list of them as the family made it); the slot that the
+    cache writes next. `past` and `slot` are None in training."""
 
     queries: tuple[Any, Any]
     keys: tuple[Any, Any]
+    past: tuple[Any, Any] | None
     rotary: Any
     slot: Any
 
 
 class Block:
-    """One layer at work: its weights `w` by name, its own entries of `Decoder.layer_data` in `layer`, its
-    stack's `state` in the cache (None in training), and `carry`, a dict that a family may pass on from layer
-    to layer. A call takes and returns x_BTD; the state and the carry are replaced in place; what a layer
-    wants summed over tokens (a router's statistics) goes into `aux`."""
+    """One layer at work: its weights `w` by name, its own entries of `Decoder.layer_data` in `layer`, what
+    all layers see in `shared` (a Shared), its stack's `state` in the cache (None in training), and `carry`,
+    which a family may pass on from layer to layer. A call takes and returns x_BTD; the state and the carry
+    are replaced in place; what a layer wants summed over tokens (a router's statistics) goes into `aux`, and
+    keys and values that the state is to be given after the last layer into `new`."""
 
     recurrent: ClassVar[bool] = False
+    facts: Mapping[str, Any] = {}  # what the run and the stack say of every attention, as of ops.attention
+    whole_keys: bool = False  # whether `remember` must see all slots though one token is decoded
 
-    def __init__(self, cfg, w: Mapping[str, Any], layer: Mapping[str, Any], shared: Shared, state, carry):
+    def __init__(self, cfg, w: Mapping[str, Any], layer: Mapping[str, Any], shared: Any, state, carry):
         self.cfg, self.w, self.layer, self.shared = cfg, w, layer, shared
         self.state, self.carry = state, dict(carry)
         self.aux: dict[str, Any] = {}
+        self.new: tuple[Any, Any] | None = None
 
     @classmethod
     def empty_state(cls, cfg, layers: tuple[int, ...], batch: int, length: int, dtype):
@@ -92,37 +121,58 @@ class Block:
         dims = (cfg.head_dim, cfg.head_dim)
         return KV.empty(len(layers), batch, length, cfg.num_key_value_heads, dims, dtype)
 
+    @classmethod
+    def mixing_flops(cls, cfg, pairs: int, tokens: int) -> int:
+        """FLOPs of a forward pass between tokens, which no product with a weight holds: of attention to
+        `pairs` pairs of a query and a key that it sees, of a recurrence over `tokens`."""
+        return 4 * cfg.num_attention_heads * cfg.head_dim * pairs
+
     def __call__(self, x_BTD):
         x_BTD += self.post_norm(self.attention(self.norm(x_BTD, "attn_norm")), "attn_post_norm")
-        return x_BTD + self.post_norm(self.mlp(self.norm(x_BTD, "mlp_norm")), "mlp_post_norm")
+        return x_BTD + self.post_norm(self.feed_forward(self.norm(x_BTD, "mlp_norm")), "mlp_post_norm")
 
     def post_norm(self, y_BTD, name: str):
         """What attention or MLP put out, normed where the table has such a norm."""
         return self.norm(y_BTD, name) if name in self.w else y_BTD
 
     def norm(self, x, name: str):
-        return checkpoint_name(self.normalise(x, name), "norm")
+        return self.named(self.normalise(x, name), "norm")
 
     def normalise(self, x, name: str):
         return rms_norm(x, self.w[name], self.cfg.rms_norm_eps)
 
-    def linear(self, eqn: str, x, name: str):
+    def linear(self, eqn: str, x, name: str) -> Any:
         """The product with the weight `name`, plus `name_bias` where the table has one."""
-        y = einsum(eqn, x, self.w[name])
-        bias = self.w.get(name + "_bias")
-        return y if bias is None else y + bias.astype(y.dtype)
+        return self.linears(x, {name: eqn})[0]
+
+    def linears(self, x, eqns: Mapping[str, str]):
+        """`linear` of one x with several weights, {name: eqn}: x is read once for all their adapters."""
+        # Of what sp splits between the layers, products see all positions; their sums are split again.
+        split = places("BTD")["T"] != places("BSD")["S"]
+        if split and all(eqn.startswith("BTD,") for eqn in eqns.values()):
+            x = reshard(x, "BTD", "BSD")
+        ys = einsums(list(eqns.values()), x, [self.w[name] for name in eqns])
+        if split:
+            ends = [eqn.endswith(">BTD") for eqn in eqns.values()]
+            ys = [reshard(y, "BSD", "BTD") if end else y for y, end in zip(ys, ends, strict=True)]
+        biases = [self.w.get(name + "_bias") for name in eqns]
+        ys = [y if b is None else y + b.astype(y.dtype) for y, b in zip(ys, biases, strict=True)]
+        return list(map(self.named, ys, eqns))
+
+    def named(self, x, name: str) -> Any:
+        """`x` under a name by which a rung of the memory ladder keeps it or not (ops.memory)."""
+        return x if self.nameless else checkpoint_name(x, name)
 
     # -- attention
 
     def attention(self, h_BTD):
         q_BTNH, k_BTKH, v_BTKH = self.qkv(h_BTD)
         y_BTNH = self.attend(*self.rotate(q_BTNH, k_BTKH), v_BTKH)
-        return checkpoint_name(self.linear("BTNH,NHD->BTD", y_BTNH, "o"), "o")
+        return self.linear("BTNH,NHD->BTD", y_BTNH, "o")
 
     def qkv(self, h_BTD):
-        q_BTNH = self.linear("BTD,DNH->BTNH", h_BTD, "q")
-        k_BTKH = self.linear("BTD,DKH->BTKH", h_BTD, "k")
-        v_BTKH = self.linear("BTD,DKH->BTKH", h_BTD, "v")
+        eqns = {"q": "BTD,DNH->BTNH", "k": "BTD,DKH->BTKH", "v": "BTD,DKH->BTKH"}
+        q_BTNH, k_BTKH, v_BTKH = self.linears(h_BTD, eqns)
         if "q_norm" in self.w:
             q_BTNH, k_BTKH = self.normalise(q_BTNH, "q_norm"), self.normalise(k_BTKH, "k_norm")
         return q_BTNH, k_BTKH, v_BTKH
@@ -152,28 +202,80 @@ class Block:
 
     def attend(self, q_BTNH, k_BTKH, v_BTKH, **facts):
         """Attention over this step's keys and those in the cache; `facts` as of ops.attention."""
-        q_BTNH = shard(checkpoint_name(q_BTNH, "q"), "BTNH")
-        k_BSKH, v_BSKH = self.remember(checkpoint_name(k_BTKH, "k"), checkpoint_name(v_BTKH, "v"))
+        q_BTNH = shard(q_BTNH, "BTNH")
         facts = {"scale": self.scale, "window": self.layer.get("window")} | facts
-        y_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, self.shared.queries, self.shared.keys, **facts)
-        return checkpoint_name(y_BTNH, "attention")
+        if self.state is not None and q_BTNH.shape[1] == 1 and not self.whole_keys:
+            # read the cache as it lies and leave it alone: all layers' new keys are written at once
+            self.new = k_BTKH, v_BTKH
+            k_BKSH, v_BKSH = self.state.layer(self.layer["index"])
+            seen = self.shared.queries, self.shared.past
+            with jax.named_scope("attention"):
+                return decode_attention(q_BTNH, k_BKSH, v_BKSH, k_BTKH, v_BTKH, *seen, **facts)
+        k_BSKH, v_BSKH = self.remember(k_BTKH, v_BTKH)
+        keys = None if self.shared.slot is None else self.shared.keys
+        facts = dict(self.facts) | facts
+        with jax.named_scope("attention"):  # what a profile of the step knows it by
+            return attention(q_BTNH, k_BSKH, v_BSKH, self.shared.queries, keys, **facts)
 
     # -- MLP
 
+    mlp_chunk: int | None = None  # positions of each row at a time
+    nameless = False  # within such a chunk: nothing of it is kept
+
+    def feed_forward(self, h_BTD):
+        """The MLP. With `mlp_chunk` a loop takes so many positions of each row at a time and keeps nothing of
+        what is between, so that no [B, T, F] exists; dropout draws a mask for each chunk."""
+        T, X = h_BTD.shape[1], self.mlp_chunk
+        if not X or T <= X:
+            return self.mlp(h_BTD)
+
+        def one(_, xs):
+            i, h_BXD, queries = xs
+            block = type(self)(self.cfg, fold_in(self.w, i), self.layer, self.shared, None, {})
+            block.shared, block.nameless = self.shared.replace(queries=queries), True
+            return None, (block.mlp(h_BXD), block.aux)
+
+        parts = shards("T", "BTF") if T % shards("T", "BTF") == 0 else 1
+        count = -(-T // X)
+        xs = jnp.arange(count), *jax.tree.map(lambda x: _cut(x, parts, count), (h_BTD, self.shared.queries))
+        one = jax.checkpoint(one, prevent_cse=False, policy=jax.checkpoint_policies.nothing_saveable)
+        y_CBXD, aux = jax.lax.scan(one, None, xs)[1]
+        self.aux |= jax.tree.map(lambda x: x.sum(0), aux)
+        y = y_CBXD.reshape(count, h_BTD.shape[0], parts, -1, h_BTD.shape[2])
+        y = jnp.moveaxis(y, 0, 2).reshape(h_BTD.shape[0], parts, -1, h_BTD.shape[2])
+        return y[:, :, : T // parts].reshape(h_BTD.shape)
+
     def gated(self, gate, up):
-        """The MLP's activation: act(gate) · up."""
+        """The activation of an MLP with a gate: act(gate) · up."""
         return silu_times(gate, up)
 
+    def act(self, up):
+        """The activation of an MLP without one."""
+        return activation(self.cfg.hidden_act)(up)
+
     def mlp(self, h_BTD, prefix: str = ""):
-        """A gated MLP of the weights `prefix` + gate, up, down, or gate_up, down."""
+        """An MLP of the weights `prefix` + up, down, and gate where the table has one, or gate_up, down."""
+        gate_BTF = None
         if prefix + "gate_up" in self.w:
             both_BTUF = self.linear("BTD,DUF->BTUF", h_BTD, prefix + "gate_up")
             gate_BTF, up_BTF = both_BTUF[:, :, 0], both_BTUF[:, :, 1]
+        elif prefix + "gate" in self.w:
+            eqns = dict.fromkeys((prefix + "gate", prefix + "up"), "BTD,DF->BTF")
+            gate_BTF, up_BTF = self.linears(h_BTD, eqns)
         else:
-            gate_BTF = self.linear("BTD,DF->BTF", h_BTD, prefix + "gate")
             up_BTF = self.linear("BTD,DF->BTF", h_BTD, prefix + "up")
-        act_BTF = self.gated(checkpoint_name(gate_BTF, "gate"), checkpoint_name(up_BTF, "up"))
-        return self.linear("BTF,FD->BTD", shard(checkpoint_name(act_BTF, "act"), "BTF"), prefix + "down")
+        act_BTF = self.act(up_BTF) if gate_BTF is None else self.gated(gate_BTF, up_BTF)
+        return self.linear("BTF,FD->BTD", shard(self.named(act_BTF, "act"), "BTF"), prefix + "down")
+
+
+def _cut(x_BT, parts: int, count: int):
+    """[count, B, X, …] of [B, T, …], each an equal piece of each of the parts of T that lie on one device,
+    filled up with zeros."""
+    B, T = x_BT.shape[:2]
+    x = x_BT.reshape(B, parts, T // parts, *x_BT.shape[2:])
+    x = jnp.pad(x, [(0, 0), (0, 0), (0, -(T // parts) % count)] + [(0, 0)] * (x.ndim - 3))
+    x = jnp.moveaxis(x.reshape(B, parts, count, -1, *x.shape[3:]), 2, 0)
+    return x.reshape(count, B, -1, *x_BT.shape[2:])
 
 
 class Loop(nn.Module):
@@ -188,23 +290,35 @@ class Loop(nn.Module):
     @nn.compact
     def __call__(self, carry, per_layer, shared: Shared):
         x_BTD, states, extra = carry
-        aux = []
-        for (prefix, _), kind, layer in zip(self.run.blocks, self.kinds, per_layer, strict=True):
+        outs = []
+        for (prefix, _), kind, layer, layers in zip(
+            self.run.blocks, self.kinds, per_layer, self.run.layers, strict=True
+        ):
             w = declare(self, self.table, prefix, self.run.name + "/")
 
-            def one(x_BTD, state, extra, w, layer, kind=kind):
+            def one(x_BTD, state, extra, w, layer, kind=kind, layers=layers):
                 block = kind(self.cfg, w, layer, shared, state, extra)
-                y_BTD = shard(block(x_BTD), "BTD")
-                return y_BTD, block.state, block.carry, block.aux
+                block.facts = self.facts(layers)
+                block.mlp_chunk = self.options.mlp_chunk
+                y_BTD = shard(block(checkpoint_name(x_BTD, memory.INPUT)), "BTD")
+                return y_BTD, block.state, block.carry, (block.aux, block.new)
 
-            if self.options.remat != "none":
-                one = jax.checkpoint(
-                    one, prevent_cse=self.options.unroll is True, policy=REMAT[self.options.remat]
-                )
-            x_BTD, state, extra, sums = one(x_BTD, states.get(prefix), extra, w, layer)
+            looped = self.options.unrolled(self.run.length) < self.run.length
+            one = memory.remat(one, self.options.remat, w, looped=looped)
+            x_BTD, state, extra, out = one(x_BTD, states.get(prefix), extra, w, layer)
             states = states | ({prefix: state} if state is not None else {})
-            aux.append(sums)
-        return (x_BTD, states, extra), aux
+            outs.append(out)
+        return (x_BTD, states, extra), outs
+
+    def facts(self, layers: tuple[int, ...]) -> dict[str, Any]:
+        """`Block.facts` of a stack of these layers of the model."""
+        windows = tuple(dict.fromkeys(self.cfg.windows[i] for i in layers)) if any(self.cfg.windows) else ()
+        return {
+            "windows": windows,
+            "documents": self.options.documents,
+            "zigzag": self.options.zigzag,
+            "implementation": self.options.attention,
+        }
 
 
 def declare(module: nn.Module, table: Table, prefix: str = "", skip: str = "") -> dict[str, Any]:
@@ -302,12 +416,21 @@ class Decoder(nn.Module):
         return embed(w["embed"], tokens_BT, segments_BT, self.options.dtype)
 
     def rotary(self, positions_BT, segments_BT):
-        """`Shared.rotary`."""
+        """`Shared.rotary`: a table, or a list of those that `layer_data` numbers."""
+        if self.rope_by_window:
+            kinds = dict(self.cfg.rope_parameters)
+            names = ("full_attention", "sliding_attention")
+            return [self.rotary_table(kinds[name], positions_BT, segments_BT) for name in names]
         table = self.rotary_table(self.cfg.rope_parameters, positions_BT, segments_BT)
         if not any(self.cfg.no_rope):
             return table
         cos, sin = table
         return [table, (jnp.ones_like(cos), jnp.zeros_like(sin))]
+
+    @property
+    def rope_by_window(self) -> bool:
+        """Whether layers with a window have rotary frequencies of their own."""
+        return "sliding_attention" in dict(self.cfg.rope_parameters)
 
     def rotary_table(self, rope_parameters, positions_BT, segments_BT, head_dim: int | None = None):
         """(cos, sin) of these `rope_parameters` of config.json."""
@@ -321,6 +444,8 @@ class Decoder(nn.Module):
         if any(self.cfg.windows):
             never = np.iinfo(np.int32).max
             data["window"] = np.array([window or never for window in self.cfg.windows], np.int32)
+        if self.rope_by_window:
+            data["rope"] = np.array([window is not None for window in self.cfg.windows], np.int32)
         if any(self.cfg.no_rope):
             data["rope"] = np.array(self.cfg.no_rope, np.int32)
         return data
@@ -330,7 +455,9 @@ class Decoder(nn.Module):
         return {}
 
     def finish(self, w, x_BTD):
-        return rms_norm(x_BTD, w["final_norm"], self.cfg.rms_norm_eps)
+        """The final norm, which is as those of the layers."""
+        block = next(iter(self.BLOCKS.values()))
+        return block(self.cfg, w, {}, None, None, {}).normalise(x_BTD, "final_norm")
 
     @staticmethod
     def unembed(cfg, head, hidden):
@@ -345,13 +472,17 @@ class Decoder(nn.Module):
     def __call__(self, tokens_BT, positions_BT, segments_BT, cache: Cache | None = None):
         w = declare(self, self.table)
         x_BTD = shard(self.embed(w, tokens_BT, positions_BT, segments_BT), "BTD")
+        if self.options.documents is not None and self.options.zigzag == 1 and cache is None:
+            # kernels rely on it: a broken promise is no number, which a run stops at, not a wrong one
+            kept = keeps_promise(segments_BT, self.options.documents)
+            x_BTD = jnp.where(kept, x_BTD, jnp.asarray(jnp.nan, x_BTD.dtype))
         queries = keys = (segments_BT, positions_BT)
+        past = slot = None
         if cache is not None:
+            past, slot = (cache.segments, cache.positions), cache.slot
             cache = cache.mark(segments_BT, positions_BT)
             keys = (cache.segments, cache.positions)
-        shared = Shared(
-            queries, keys, self.rotary(positions_BT, segments_BT), None if cache is None else cache.length
-        )
+        shared = Shared(queries, keys, past, self.rotary(positions_BT, segments_BT), slot)
         data = self.layer_data(w, x_BTD, tokens_BT)
         carry = (x_BTD, {} if cache is None else cache.states, self.carry(x_BTD, keys[0].shape[1]))
         sums = []
@@ -367,13 +498,19 @@ class Decoder(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast),  # type: ignore[arg-type]
                 length=run.length,
-                unroll=run.length if self.options.unroll is True else int(self.options.unroll),
+                unroll=self.options.unrolled(run.length),
             )
             kinds = tuple(self.block(kind) for _, kind in run.blocks)
-            carry, aux = loop(self.cfg, self.table, self.options, run, kinds, name=run.name)(
-                carry, per_layer, shared
-            )
-            sums += aux
+            (x_BTD, states, extra), outs = loop(
+                self.cfg, self.table, self.options, run, kinds, name=run.name
+            )(carry, per_layer, shared)
+            # written after the last layer has read: where layers are unrolled, its new keys are there before
+            x_BTD, outs = (x_BTD, outs) if cache is None else jax.lax.optimization_barrier((x_BTD, outs))
+            for (prefix, _), (aux, new) in zip(run.blocks, outs, strict=True):
+                sums.append(aux)
+                if new is not None:
+                    states = states | {prefix: states[prefix].write(slot, *new)}
+            carry = x_BTD, states, extra
         x_BTD, states, _ = carry
         if cache is not None:
             cache = cache.replace(states=states).advance(tokens_BT.shape[1])

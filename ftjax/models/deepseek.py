@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax.models.common import KV, ModelConfig
-from ftjax.models.decoder import ATTENTION, LAYER, MLP, MLP_NORM, Block, Decoder, Keys, Rows
+from ftjax.models.decoder import ATTENTION, LAYER, MLP, MLP_NORM, Block, Decoder, Keys, Rows, later_layers
 from ftjax.models.moe import ROUTER, SharedMoeBlock, expert_rows, shared_rows
 from ftjax.ops import rms_norm, rope, sigmoid_group_top_k, softmax_group_top_k
 from ftjax.weights import Table, Weight
@@ -26,6 +26,9 @@ COMMON: Keys = {
     **dict.fromkeys(("ep_size", "aux_loss_alpha", "seq_aux", "router_aux_loss_coef")),  # training only
     **dict.fromkeys(("qk_head_dim", "num_mtp_layers", "num_nextn_predict_layers", "num_local_experts")),
 }
+
+
+SIGMOID_ROUTER: Keys = {"scoring_func": ("sigmoid", None), "topk_method": ("noaux_tc", None)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,9 +105,7 @@ class SharedExperts(Decoder):
 
     @classmethod
     def others(cls, cfg):
-        last = cfg.num_hidden_layers
-        after = "|".join(str(last + i) for i in range(cfg.num_nextn_predict_layers))
-        return Table.others + (rf"|model\.layers\.({after})\..*" if after else "")
+        return Table.others + later_layers(cfg, cfg.num_nextn_predict_layers)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,9 +159,15 @@ class MlaBlock(Block):
     """Attention over latents: `k` is the rotated key [B, T, 1, H of it], `v` the latent [B, T, 1, C], until
     `remember` makes each head's keys and values of them."""
 
+    whole_keys = True
+
     @classmethod
     def empty_state(cls, cfg, layers, batch, length, dtype):
         return KV.empty(len(layers), batch, length, 1, (cfg.qk_rope_head_dim, cfg.kv_lora_rank), dtype)
+
+    @classmethod
+    def mixing_flops(cls, cfg, pairs, tokens):
+        return 2 * cfg.num_attention_heads * (cfg.sizes["H"] + cfg.v_head_dim) * pairs
 
     def normalise(self, x, name: str):
         # the latents' norms have an epsilon of their own, whatever config.json says
@@ -168,12 +175,11 @@ class MlaBlock(Block):
         return rms_norm(x, self.w[name], eps)
 
     def qkv(self, h_BTD):
-        if self.cfg.q_lora_rank is None:
-            q_BTNH = self.linear("BTD,DNH->BTNH", h_BTD, "q")
-        else:
-            latent_BTQ = self.norm(self.linear("BTD,DQ->BTQ", h_BTD, "q_a"), "q_a_norm")
-            q_BTNH = self.linear("BTQ,QNH->BTNH", latent_BTQ, "q_b")
-        both_BTP = self.linear("BTD,DP->BTP", h_BTD, "kv_a")
+        q = {"q": "BTD,DNH->BTNH"} if self.cfg.q_lora_rank is None else {"q_a": "BTD,DQ->BTQ"}
+        first, both_BTP = self.linears(h_BTD, q | {"kv_a": "BTD,DP->BTP"})
+        q_BTNH = first
+        if self.cfg.q_lora_rank is not None:
+            q_BTNH = self.linear("BTQ,QNH->BTNH", self.norm(first, "q_a_norm"), "q_b")
         latent_BTC, k_BTH = jnp.split(both_BTP, [self.cfg.kv_lora_rank], axis=-1)
         return q_BTNH, k_BTH[:, :, None], self.norm(latent_BTC, "kv_a_norm")[:, :, None]
 
@@ -210,8 +216,7 @@ class DeepseekV3(SharedExperts):
     KEYS = {
         **COMMON,
         "first_k_dense_replace": None,
-        "scoring_func": ("sigmoid", None),
-        "topk_method": ("noaux_tc", None),
+        **SIGMOID_ROUTER,
     }
 
     @classmethod
@@ -271,8 +276,7 @@ class Glm4MoeLite(DeepseekV3):
         **COMMON,
         "mlp_layer_types": None,
         "first_k_dense_replace": (1, None),  # what mlp_layer_types is where it is not said
-        "scoring_func": ("sigmoid", None),
-        "topk_method": ("noaux_tc", None),
+        **SIGMOID_ROUTER,
     }
 
     @classmethod

@@ -9,7 +9,6 @@ window, five of six.
 import dataclasses
 
 import jax.numpy as jnp
-import numpy as np
 
 from ftjax.models.common import ModelConfig
 from ftjax.models.decoder import ATTENTION, LAYER, MLP, MLP_NORM, O_BIAS, QK_NORM, QKV_BIAS, Block, Decoder
@@ -86,9 +85,6 @@ class Gemma(Decoder):
         # the factor itself is rounded to the activations' dtype: 55.5 for sqrt(3072) in bfloat16
         return embed(w["embed"], tokens_BT, segments_BT, self.options.dtype, scale=self.cfg.hidden_size**0.5)
 
-    def finish(self, w, x_BTD):
-        return rms_norm(x_BTD, w["final_norm"], self.cfg.rms_norm_eps, offset=1.0)
-
 
 class Gemma2(Gemma):
     Config = Gemma2Config
@@ -128,12 +124,3 @@ class Gemma3(Gemma2):
     @classmethod
     def block_rows(cls, cfg, kind):
         return super().block_rows(cfg, kind) | from_zero(QK_NORM)
-
-    def rotary(self, positions_BT, segments_BT):
-        kinds = dict(self.cfg.rope_parameters)
-        names = ("full_attention", "sliding_attention")
-        return [self.rotary_table(kinds[name], positions_BT, segments_BT) for name in names]
-
-    def layer_data(self, w, x_BTD, tokens_BT):
-        local = np.array([window is not None for window in self.cfg.windows], np.int32)
-        return super().layer_data(w, x_BTD, tokens_BT) | {"rope": local}

@@ -11,14 +11,13 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from ftjax.errors import UserError
 from ftjax.models.common import KV, ModelConfig
 from ftjax.models.decoder import LAYER, MLP, QK_NORM, Decoder, Rows
 from ftjax.models.gemma import GELU, NORMS, Gemma2, GemmaBlock
 from ftjax.models.moe import MoeBlock
-from ftjax.ops import einsum, experts, l2_norm, lookup, rms_norm, rope, shard, top_k_softmax
+from ftjax.ops import einsum, l2_norm, lookup, rms_norm, rope, shard, top_k_softmax
 from ftjax.weights import LOOKUP, Weight
 
 SCALE: Rows = {"scale": Weight("Z", LAYER + "layer_scalar", init="ones")}
@@ -92,7 +91,7 @@ class Local(GemmaBlock, MoeBlock):
 
     def __call__(self, x_BTD):
         x_BTD += self.norm(self.attention(self.norm(x_BTD, "attn_norm")), "attn_post_norm")
-        h_BTD = self.mlp(self.norm(x_BTD, "mlp_norm"))
+        h_BTD = self.feed_forward(self.norm(x_BTD, "mlp_norm"))
         if "router" in self.w:
             h_BTD = self.norm(h_BTD, "dense_post_norm") + self.norm(self.sparse(x_BTD), "experts_post_norm")
         x_BTD += self.norm(h_BTD, "mlp_post_norm")
@@ -115,9 +114,14 @@ class Local(GemmaBlock, MoeBlock):
         return self.normalise(self.linear("BTD,DNH->BTNH", h_BTD, "q"), "q_norm")
 
     def qkv(self, h_BTD):
-        k_BTKH = self.linear("BTD,DKH->BTKH", h_BTD, "k")
-        v_BTKH = self.linear("BTD,DKH->BTKH", h_BTD, "v") if "v" in self.w else k_BTKH
-        return self.q(h_BTD), self.normalise(k_BTKH, "k_norm"), l2_norm(v_BTKH, self.cfg.rms_norm_eps)
+        eqns = {"q": "BTD,DNH->BTNH", "k": "BTD,DKH->BTKH", "v": "BTD,DKH->BTKH"}
+        q_BTNH, k_BTKH, *v = self.linears(h_BTD, {name: eqn for name, eqn in eqns.items() if name in self.w})
+        v_BTKH = l2_norm(v[0] if v else k_BTKH, self.cfg.rms_norm_eps)
+        return self.normalise(q_BTNH, "q_norm"), self.normalise(k_BTKH, "k_norm"), v_BTKH
+
+    @property
+    def whole_keys(self) -> bool:  # type: ignore[override]
+        return bool(self.carry)
 
     def remember(self, k_BTKH, v_BTKH):
         both = super().remember(k_BTKH, v_BTKH)
@@ -129,14 +133,13 @@ class Local(GemmaBlock, MoeBlock):
 
     def mlp(self, h_BTD, prefix=""):
         F = "UF" if self.wide and self.cfg.use_double_wide_mlp else "F"
-        gate = checkpoint_name(self.linear(f"BTD,D{F}->BT{F}", h_BTD, "gate"), "gate")
-        up = checkpoint_name(self.linear(f"BTD,D{F}->BT{F}", h_BTD, "up"), "up")
-        act = shard(checkpoint_name(self.gated(gate, up), "act"), "BT" + F)
+        gate, up = self.linears(h_BTD, dict.fromkeys(("gate", "up"), f"BTD,D{F}->BT{F}"))
+        act = shard(self.named(self.gated(gate, up), "act"), "BT" + F)
         return self.linear(f"BT{F},{F}D->BTD", act, "down")
 
     def sparse(self, x_BTD):
         """The experts' output; the router sees x under a norm of its own."""
-        x_XD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        x_XD = self.tokens(x_BTD)
         scale_D = self.w["router_scale"].astype(x_XD.dtype)
         seen_XD = l2_norm(x_XD, self.cfg.rms_norm_eps) * scale_D * x_XD.shape[-1] ** -0.5
         logits_XE = self.router_logits(seen_XD)
@@ -144,7 +147,7 @@ class Local(GemmaBlock, MoeBlock):
         self.observe(logits_XE, chosen_XC)
         weight_XC *= self.w["expert_scale"].astype(jnp.float32)[chosen_XC]
         h_XD = self.norm(x_XD, "experts_norm")
-        return experts(h_XD, chosen_XC, weight_XC, self.expert, self.cfg.num_experts).reshape(x_BTD.shape)
+        return self.back(self.experts(h_XD, chosen_XC, weight_XC), x_BTD)
 
     def per_layer(self, x_BTD):
         gate_BTI = self.linear("BTD,DI->BTI", x_BTD, "per_layer_gate")
@@ -165,6 +168,10 @@ class Global(Local):
     def empty_state(cls, cfg, layers, batch, length, dtype):
         dims = (cfg.global_head_dim, cfg.global_head_dim)
         return KV.empty(len(layers), batch, length, cfg.num_global_key_value_heads, dims, dtype)
+
+    @classmethod
+    def mixing_flops(cls, cfg, pairs, tokens):
+        return 4 * cfg.num_attention_heads * cfg.global_head_dim * pairs
 
 
 class Shared:
@@ -306,9 +313,6 @@ class Gemma4(Gemma2):
         context_BTYI = einsum("BTD,DYI->BTYI", x_BTD, w["per_layer_in"]) * D**-0.5
         context_BTYI = rms_norm(context_BTYI, w["per_layer_in_norm"], self.cfg.rms_norm_eps, offset=0.0)
         return data | {"per_layer": jnp.moveaxis((context_BTYI + token_BTYI) * 2**-0.5, 2, 0)}
-
-    def finish(self, w, x_BTD):
-        return rms_norm(x_BTD, w["final_norm"], self.cfg.rms_norm_eps, offset=0.0)
 
 
 class Gemma4Unified(Gemma4):

@@ -7,7 +7,13 @@ also norms what attention and MLP give. GLM-4.5 has the experts of DeepSeek-V3 a
 import dataclasses
 
 from ftjax.models.decoder import ATTENTION, FUSED_MLP, LAYER, MLP_NORM, QK_NORM, QKV_BIAS, Block, Keys
-from ftjax.models.deepseek import COMMON, SharedExperts, SharedExpertsBlock, SharedExpertsConfig
+from ftjax.models.deepseek import (
+    COMMON,
+    SIGMOID_ROUTER,
+    SharedExperts,
+    SharedExpertsBlock,
+    SharedExpertsConfig,
+)
 from ftjax.models.llama import Llama
 from ftjax.weights import Weight
 
@@ -48,8 +54,7 @@ class Glm4Moe(SharedExperts):
         **COMMON,
         **ROTARY,
         "first_k_dense_replace": None,
-        "scoring_func": ("sigmoid", None),
-        "topk_method": ("noaux_tc", None),
+        **SIGMOID_ROUTER,
     }
 
     @classmethod

@@ -8,11 +8,10 @@ arXiv:2204.06745, arXiv:2304.01373. Attention and MLP in parallel are from GPT-J
 import dataclasses
 
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 from ftjax.models.common import ModelConfig
 from ftjax.models.decoder import HEAD, Block, Decoder, Keys, Rows
-from ftjax.ops import activation, embed, layer_norm, shard
+from ftjax.ops import embed, layer_norm
 from ftjax.ops.layers import ACTIVATIONS
 from ftjax.weights import IN_OUT, LOOKUP, Table, Weight
 
@@ -41,7 +40,7 @@ class GptBlock(Block):
         if not self.parallel:
             return super().__call__(x_BTD)
         h_BTD = self.norm(x_BTD, "attn_norm")
-        mlp_BTD = self.mlp(self.norm(x_BTD, "mlp_norm") if "mlp_norm" in self.w else h_BTD)
+        mlp_BTD = self.feed_forward(self.norm(x_BTD, "mlp_norm") if "mlp_norm" in self.w else h_BTD)
         return x_BTD + (self.attention(h_BTD) + mlp_BTD)
 
     @property
@@ -52,19 +51,11 @@ class GptBlock(Block):
     def normalise(self, x, name: str):
         return layer_norm(x, self.w[name], self.w.get(name + "_bias"), self.cfg.layer_norm_eps)
 
-    def mlp(self, h_BTD, prefix: str = ""):
-        up_BTF = checkpoint_name(self.linear("BTD,DF->BTF", h_BTD, prefix + "up"), "up")
-        act_BTF = shard(checkpoint_name(activation(self.cfg.hidden_act)(up_BTF), "act"), "BTF")
-        return self.linear("BTF,FD->BTD", act_BTF, prefix + "down")
-
 
 class GptDecoder(Decoder):
     Config = GptConfig
     BLOCKS = {"layers": GptBlock}
     KEYS = {"hidden_act": ANY_ACTIVATION}
-
-    def finish(self, w, x_BTD):
-        return layer_norm(x_BTD, w["final_norm"], w.get("final_norm_bias"), self.cfg.layer_norm_eps)
 
 
 # -- GPT-NeoX

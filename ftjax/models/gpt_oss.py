@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ftjax.models.decoder import ATTENTION, LAYER, MLP_NORM, O_BIAS, QKV_BIAS, Decoder, Rows
 from ftjax.models.moe import MoeBlock, MoeConfig
-from ftjax.ops import rms_norm
+from ftjax.ops import recomputed, rms_norm
 from ftjax.weights import IN_OUT, Weight
 
 
@@ -47,10 +47,15 @@ class GptOssBlock(MoeBlock):
     def gated(self, gate, up):
         """(up + 1) · gate · sigmoid(alpha · gate), both clamped."""
         limit = self.cfg.swiglu_limit
-        gate_f32 = jnp.minimum(gate.astype(jnp.float32), limit)
-        up_f32 = jnp.clip(up.astype(jnp.float32), -limit, limit)
-        act = (up_f32 + 1.0) * gate_f32 * jax.nn.sigmoid(gate_f32 * self.cfg.swiglu_alpha)
-        return act.astype(up.dtype)
+
+        @recomputed
+        def times(gate, up):
+            gate_f32 = jnp.minimum(gate.astype(jnp.float32), limit)
+            up_f32 = jnp.clip(up.astype(jnp.float32), -limit, limit)
+            act = (up_f32 + 1.0) * gate_f32 * jax.nn.sigmoid(gate_f32 * self.cfg.swiglu_alpha)
+            return act.astype(up.dtype)
+
+        return times(gate, up)
 
 
 class GptOss(Decoder):
@@ -70,6 +75,3 @@ class GptOss(Decoder):
     def block_rows(cls, cfg, kind):
         rows = ATTENTION | SINKS | MLP_NORM | EXPERTS
         return rows | QKV_BIAS | O_BIAS if cfg.attention_bias else rows
-
-    def finish(self, w, x_BTD):
-        return rms_norm(x_BTD, w["final_norm"], self.cfg.rms_norm_eps, 0.0)

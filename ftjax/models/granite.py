@@ -30,7 +30,7 @@ class GraniteBlock(Block):
     def __call__(self, x_BTD):
         residual = self.cfg.residual_multiplier
         x_BTD += scaled(self.attention(self.norm(x_BTD, "attn_norm")), residual)
-        return x_BTD + scaled(self.mlp(self.norm(x_BTD, "mlp_norm")), residual)
+        return x_BTD + scaled(self.feed_forward(self.norm(x_BTD, "mlp_norm")), residual)
 
     @property
     def scale(self):

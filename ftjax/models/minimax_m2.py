@@ -4,7 +4,7 @@ and a bias. MiniMax 2025, github.com/MiniMax-AI/MiniMax-M2."""
 import dataclasses
 
 from ftjax.errors import UserError
-from ftjax.models.decoder import LAYER
+from ftjax.models.decoder import LAYER, later_layers
 from ftjax.models.mixtral import Mixtral, MixtralConfig
 from ftjax.models.olmo import FLAT_QK_NORM
 from ftjax.models.olmoe import FlatNormMoeBlock
@@ -72,6 +72,4 @@ class MiniMaxM2(Mixtral):
 
     @classmethod
     def others(cls, cfg):
-        last = cfg.num_hidden_layers
-        after = "|".join(str(last + i) for i in range(cfg.num_mtp_modules))
-        return Table.others + (rf"|model\.layers\.({after})\..*" if after else "")
+        return Table.others + later_layers(cfg, cfg.num_mtp_modules)

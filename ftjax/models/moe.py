@@ -10,11 +10,19 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from ftjax.models.decoder import LAYER, Block, Rows
 from ftjax.models.llama import LlamaConfig
-from ftjax.ops import einsum, expert_bias, experts, grouped, router_statistics, top_k_softmax
+from ftjax.ops import (
+    by_device,
+    by_row,
+    einsum,
+    expert_bias,
+    experts,
+    groupeds,
+    router_statistics,
+    top_k_softmax,
+)
 from ftjax.weights import Weight
 
 
@@ -71,10 +79,23 @@ class MoeBlock(Block):
         return getattr(self.cfg, "norm_topk_prob", True)
 
     def mlp(self, h_BTD, prefix: str = ""):
-        h_XD = h_BTD.reshape(-1, h_BTD.shape[-1])
-        chosen_XC, weight_XC = self.route(h_XD)
+        h_XD = self.tokens(h_BTD)
+        return self.back(self.experts(h_XD, *self.route(h_XD)), h_BTD)
+
+    def tokens(self, x_BT):
+        """Rows and positions as one axis, [X, …], the tokens of each device together."""
+        return by_device(x_BT).reshape(-1, *x_BT.shape[2:])
+
+    def back(self, y_XD, like_BT):
+        """The inverse of `tokens`."""
+        return by_row(y_XD[None], *like_BT.shape[:2])
+
+    def experts(self, h_XD, chosen_XC, weight_XC):
+        w = {name: x for name, x in self.w.items() if name.startswith("experts_")}
+        B, T = self.shared.queries[0].shape
+        ids_X = self.tokens(jnp.arange(B * T, dtype=jnp.int32).reshape(B, T))
         count = self.cfg.sizes["E"]
-        return experts(h_XD, chosen_XC, weight_XC, self.expert, count, self.weigh_input).reshape(h_BTD.shape)
+        return experts(h_XD, chosen_XC, weight_XC, self.expert, w, count, self.weigh_input, ids_X)
 
     def route(self, h_XD):
         """(experts, their weights), each [X, C]."""
@@ -87,29 +108,31 @@ class MoeBlock(Block):
         logits_XE = einsum("XD,DE->XE", h_XD, self.w["router"], jnp.float32)
         if "router_logits_bias" in self.w:
             logits_XE += self.w["router_logits_bias"].astype(jnp.float32)
-        return checkpoint_name(logits_XE, "router")
+        return self.named(logits_XE, "router")
 
     def observe(self, logits_XE, chosen_XC, probs_XE=None):
         """Put the statistics that balance losses are made of, over live tokens, into `aux`."""
-        live_X = (self.shared.queries[0].reshape(-1) > 0).astype(jnp.float32)
+        live_X = (self.tokens(self.shared.queries[0]) > 0).astype(jnp.float32)
         self.aux = router_statistics(logits_XE, chosen_XC, live_X, probs_XE)
 
-    def expert(self, rows_MD, sizes):
-        """Each row through its own expert: rows sorted by expert, `sizes` [E] of them each."""
-        if "experts_gate_up" in self.w:
-            both = self.expert_linear(rows_MD, "experts_gate_up", sizes)
+    def expert(self, w, rows_MD, sizes):
+        """Each row through its own expert of the weights `w`: rows sorted by expert, `sizes` [E] of them
+        each."""
+        if "experts_gate_up" in w:
+            (both,) = self.expert_linears(w, rows_MD, ("experts_gate_up",), sizes)
             gate, up = jnp.moveaxis(both, self.gate_up_axis, 0)
         else:
-            gate = self.expert_linear(rows_MD, "experts_gate", sizes)
-            up = self.expert_linear(rows_MD, "experts_up", sizes)
-        act = self.gated(checkpoint_name(gate, "gate"), checkpoint_name(up, "up"))
-        return self.expert_linear(checkpoint_name(act, "act"), "experts_down", sizes)
+            gate, up = self.expert_linears(w, rows_MD, ("experts_gate", "experts_up"), sizes)
+        act_MF = self.named(self.gated(gate, up), "act")
+        return self.expert_linears(w, act_MF, ("experts_down",), sizes)[0]
 
-    def expert_linear(self, rows, name: str, sizes):
-        """Each row's product with its own expert's weight, plus `name_bias` where the table has one."""
-        y = grouped(rows, self.w[name], sizes)
-        bias = self.w.get(name + "_bias")
-        return y if bias is None else y + expert_bias(bias, sizes, len(rows)).astype(y.dtype)
+    def expert_linears(self, w, rows, names, sizes):
+        """Each row's products with its own expert's weights, plus `name_bias` where there is one."""
+        ys = groupeds(rows, [w[name] for name in names], sizes)
+        for i, name in enumerate(names):
+            if (bias := w.get(name + "_bias")) is not None:
+                ys[i] += expert_bias(bias, sizes, len(rows)).astype(ys[i].dtype)
+        return list(map(self.named, ys, names))
 
 
 class SharedMoeBlock(MoeBlock):

@@ -53,6 +53,3 @@ class Nemotron(GptDecoder):
     @classmethod
     def outer_rows(cls, cfg):
         return super().outer_rows(cfg) | norm_rows("final_norm", "model.norm", "zeros")
-
-    def finish(self, w, x_BTD):
-        return layer_norm(x_BTD, w["final_norm"], w["final_norm_bias"], self.cfg.layer_norm_eps, offset=1.0)

@@ -8,11 +8,10 @@ and rotary frequencies that differ between the layers with a window and those wi
 import dataclasses
 
 import jax.numpy as jnp
-import numpy as np
 
 from ftjax.models.common import ModelConfig
 from ftjax.models.decoder import ATTENTION, LAYER, MLP, O_BIAS, QKV_BIAS, Block, Decoder, Rows
-from ftjax.models.llama import COMMON, Llama, LlamaConfig
+from ftjax.models.llama import COMMON, Llama
 from ftjax.ops import layer_norm, rms_norm
 from ftjax.weights import Weight
 
@@ -26,6 +25,12 @@ FLAT_QK_NORM: Rows = {
 }
 
 
+def flat_norm(x, scale, eps: float, offset: float | None = None):
+    """RMS norm with q's or k's heads as one vector."""
+    flat = x.reshape(*x.shape[:2], -1)
+    return rms_norm(flat, scale.reshape(-1), eps, offset).reshape(x.shape)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OlmoConfig(ModelConfig):
     attention_bias: bool
@@ -34,7 +39,7 @@ class OlmoConfig(ModelConfig):
 
 class OlmoBlock(Block):
     def normalise(self, x, name):
-        return weightless_norm(x)
+        return layer_norm(x, None, None, 1e-5)  # the one eps of all OLMo 1; config.json has none
 
     def qkv(self, h_BTD):
         q_BTNH, k_BTKH, v_BTKH = super().qkv(h_BTD)
@@ -42,10 +47,6 @@ class OlmoBlock(Block):
         if clip is None:
             return q_BTNH, k_BTKH, v_BTKH
         return tuple(jnp.clip(x, -clip, clip) for x in (q_BTNH, k_BTKH, v_BTKH))
-
-
-def weightless_norm(x):
-    return layer_norm(x, None, None, 1e-5)  # the one eps of all OLMo 1; config.json has none
 
 
 class Olmo(Decoder):
@@ -62,22 +63,18 @@ class Olmo(Decoder):
     def outer_rows(cls, cfg):
         return {name: row for name, row in super().outer_rows(cfg).items() if name != "final_norm"}
 
-    def finish(self, w, x_BTD):
-        return weightless_norm(x_BTD)
-
 
 class PostNormBlock(Block):
     """A layer that norms what attention and MLP put out, not what they take."""
 
     def __call__(self, x_BTD):
         x_BTD += self.norm(self.attention(x_BTD), "attn_norm")
-        return x_BTD + self.norm(self.mlp(x_BTD), "mlp_norm")
+        return x_BTD + self.norm(self.feed_forward(x_BTD), "mlp_norm")
 
 
 class Olmo2Block(PostNormBlock):
     def normalise(self, x, name):
-        flat = x.reshape(*x.shape[:2], -1)  # q's and k's heads as one vector
-        return rms_norm(flat, self.w[name].reshape(-1), self.cfg.rms_norm_eps, 0.0).reshape(x.shape)
+        return flat_norm(x, self.w[name], self.cfg.rms_norm_eps, offset=0.0)
 
 
 class Olmo2(Llama):
@@ -88,25 +85,8 @@ class Olmo2(Llama):
     def block_rows(cls, cfg, kind):
         return super().block_rows(cfg, kind) | POST_NORMS | FLAT_QK_NORM
 
-    def finish(self, w, x_BTD):
-        return rms_norm(x_BTD, w["final_norm"], self.cfg.rms_norm_eps, 0.0)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Olmo3Config(LlamaConfig):
-    layer_types: tuple[str, ...]
-
 
 class Olmo3(Olmo2):
     """`rope_parameters` has an entry for each layer type."""
 
-    Config = Olmo3Config
-    KEYS = {**COMMON, "sliding_window": None}
-
-    def rotary(self, positions_BT, segments_BT):
-        parameters = dict(self.cfg.rope_parameters)
-        return [self.rotary_table(parameters[kind], positions_BT, segments_BT) for kind in self.LAYER_TYPES]
-
-    def layer_data(self, w, x_BTD, tokens_BT):
-        rope = [self.LAYER_TYPES.index(kind) for kind in self.cfg.layer_types]
-        return super().layer_data(w, x_BTD, tokens_BT) | {"rope": np.array(rope, np.int32)}
+    KEYS = {**COMMON, "sliding_window": None, "layer_types": None}

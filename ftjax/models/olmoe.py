@@ -5,8 +5,7 @@ import dataclasses
 
 from ftjax.models.decoder import ATTENTION, MLP_NORM, O_BIAS, QKV_BIAS, Decoder
 from ftjax.models.moe import ROUTER, MoeBlock, MoeConfig, expert_rows
-from ftjax.models.olmo import FLAT_QK_NORM, OlmoBlock
-from ftjax.ops import rms_norm
+from ftjax.models.olmo import FLAT_QK_NORM, OlmoBlock, flat_norm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,8 +21,7 @@ class OlmoeConfig(MoeConfig):
 
 class FlatNormMoeBlock(MoeBlock):
     def normalise(self, x, name: str):
-        flat = x.reshape(*x.shape[:2], -1)  # q's and k's heads as one vector
-        return rms_norm(flat, self.w[name].reshape(-1), self.cfg.rms_norm_eps).reshape(x.shape)
+        return flat_norm(x, self.w[name], self.cfg.rms_norm_eps)
 
 
 class OlmoeBlock(FlatNormMoeBlock, OlmoBlock):

@@ -12,7 +12,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.ad_checkpoint import checkpoint_name
 
 from ftjax.models.decoder import (
     ATTENTION,
@@ -109,13 +108,13 @@ class GatedBlock(NextBlock):
     """Softmax attention whose result is gated feature by feature."""
 
     def attention(self, h_BTD):
-        q_BTNUH = self.linear("BTD,DNUH->BTNUH", h_BTD, "q")
+        eqns = {"q": "BTD,DNUH->BTNUH", "k": "BTD,DKH->BTKH", "v": "BTD,DKH->BTKH"}
+        q_BTNUH, k_BTKH, v_BTKH = self.linears(h_BTD, eqns)
         q_BTNH = self.normalise(q_BTNUH[:, :, :, 0], "q_norm")
-        k_BTKH = self.normalise(self.linear("BTD,DKH->BTKH", h_BTD, "k"), "k_norm")
-        v_BTKH = self.linear("BTD,DKH->BTKH", h_BTD, "v")
+        k_BTKH = self.normalise(k_BTKH, "k_norm")
         y_BTNH = self.attend(*self.rotate(q_BTNH, k_BTKH), v_BTKH)
         y_BTNH *= jax.nn.sigmoid(q_BTNUH[:, :, :, 1].astype(jnp.float32)).astype(y_BTNH.dtype)
-        return checkpoint_name(self.linear("BTNH,NHD->BTD", y_BTNH, "o"), "o")
+        return self.linear("BTNH,NHD->BTD", y_BTNH, "o")
 
 
 class DeltaState(struct.PyTreeNode):
@@ -153,12 +152,15 @@ class DeltaBlock(NextBlock):
             segments=jnp.zeros(back, jnp.int32),
         )
 
+    @classmethod
+    def mixing_flops(cls, cfg, pairs, tokens):
+        # as a recurrence: k·S, the outer product that is added, q·S, over the state of each head
+        return 6 * cfg.sizes["Z"] * cfg.linear_key_head_dim * cfg.sizes["O"] * tokens
+
     def inputs(self, h_BTD):
         """(q, k, v in one [B, T, C], gate [B, T, Z, O], beta's and the decay's logits [B, T, Z])."""
-        qkv_BTC = self.linear("BTD,DC->BTC", h_BTD, "qkv")
-        gate_BTZO = self.linear("BTD,DZO->BTZO", h_BTD, "z")
-        b_BTZ, a_BTZ = (self.linear("BTD,DZ->BTZ", h_BTD, name) for name in ("b", "a"))
-        return qkv_BTC, gate_BTZO, b_BTZ, a_BTZ
+        eqns = {"qkv": "BTD,DC->BTC", "z": "BTD,DZO->BTZO", "b": "BTD,DZ->BTZ", "a": "BTD,DZ->BTZ"}
+        return self.linears(h_BTD, eqns)
 
     def attention(self, h_BTD):
         cfg, (segments_BT, positions_BT) = self.cfg, self.shared.queries
@@ -166,7 +168,7 @@ class DeltaBlock(NextBlock):
         old = None if self.state is None else self.state.read(self.layer["index"])
         tail = None if old is None else (old.inputs, old.segments)
         qkv_BTC, tail = causal_conv(qkv_BTC, self.w["conv"], segments_BT, tail)
-        qkv_BTC = checkpoint_name(SILU(qkv_BTC), "q")
+        qkv_BTC = SILU(qkv_BTC)
 
         heads, width = cfg.linear_num_key_heads, cfg.linear_key_head_dim
         q_BTC, k_BTC, v_BTC = jnp.split(qkv_BTC, [heads * width, 2 * heads * width], axis=-1)
@@ -187,9 +189,9 @@ class DeltaBlock(NextBlock):
         if self.state is not None:
             self.state = self.state.write(self.layer["index"], DeltaState(rule, *tail))
         y_BTZO = gated_rms_norm(
-            checkpoint_name(y_BTZO, "attention"), gate_BTZO, self.w["delta_norm"], cfg.rms_norm_eps
+            self.named(y_BTZO, "attention"), gate_BTZO, self.w["delta_norm"], cfg.rms_norm_eps
         )
-        return checkpoint_name(self.linear("BTZO,ZOD->BTD", y_BTZO, "o"), "o")
+        return self.linear("BTZO,ZOD->BTD", y_BTZO, "o")
 
 
 class FusedDeltaBlock(DeltaBlock):
@@ -198,10 +200,10 @@ class FusedDeltaBlock(DeltaBlock):
     def inputs(self, h_BTD):
         size, q = self.cfg.sizes, self.cfg.linear_key_head_dim
         lead, half = h_BTD.shape[:2], (size["P"] - 2 * q) // 2
-        both_BTYP = self.linear("BTD,DYP->BTYP", h_BTD, "qkvz")
+        both_BTYP, ba_BTYQ = self.linears(h_BTD, {"qkvz": "BTD,DYP->BTYP", "ba": "BTD,DYQ->BTYQ"})
         *qkv, gate_BTYX = jnp.split(both_BTYP, [q, 2 * q, 2 * q + half], axis=-1)
         qkv_BTC = jnp.concatenate([x.reshape(*lead, -1) for x in qkv], axis=-1)
-        b_BTYX, a_BTYX = jnp.split(self.linear("BTD,DYQ->BTYQ", h_BTD, "ba"), 2, axis=-1)
+        b_BTYX, a_BTYX = jnp.split(ba_BTYQ, 2, axis=-1)
         b_BTZ, a_BTZ = (x.reshape(*lead, size["Z"]) for x in (b_BTYX, a_BTYX))
         return qkv_BTC, gate_BTYX.reshape(*lead, size["Z"], size["O"]), b_BTZ, a_BTZ
 
@@ -253,9 +255,6 @@ class Next(Decoder):
     @classmethod
     def others(cls, cfg):
         return Table.others + r"|mtp\..*"  # layers that only predict further tokens
-
-    def finish(self, w, x_BTD):
-        return rms_norm(x_BTD, w["final_norm"], self.cfg.rms_norm_eps, offset=1.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -56,13 +56,8 @@ class QwenMoe(Decoder):
 
 
 class Qwen3Moe(QwenMoe, Qwen3):
-    Config = QwenMoeConfig
     BLOCKS = {"dense": Block, "sparse": MoeBlock}
     KEYS = {**COMMON, "num_local_experts": None}  # another name of num_experts
-
-    @classmethod
-    def config(cls, hf):
-        return cls.Config.read(hf)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

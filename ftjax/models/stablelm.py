@@ -3,8 +3,8 @@ norm of its own for each head; attention and MLP side by side. Bellagente et al.
 
 import dataclasses
 
-from ftjax.models.decoder import ATTENTION, LAYER, MLP, QKV_BIAS, Block
-from ftjax.models.gpt import GptBlock, GptConfig, GptDecoder, norm_rows
+from ftjax.models.decoder import ATTENTION, LAYER, MLP, QKV_BIAS
+from ftjax.models.gpt import GptConfig, GptDecoder, norm_rows
 from ftjax.weights import Weight
 
 
@@ -15,13 +15,8 @@ class StableLMConfig(GptConfig):
     use_parallel_residual: bool
 
 
-class StableLMBlock(GptBlock):
-    mlp = Block.mlp
-
-
 class StableLM(GptDecoder):
     Config = StableLMConfig
-    BLOCKS = {"layers": StableLMBlock}
     KEYS = {
         "hidden_act": ("silu",),
         "partial_rotary_factor": None,  # read into rope_parameters

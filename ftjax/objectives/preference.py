@@ -29,8 +29,9 @@ def pair_logprobs(model: Model, params, batch, *, chunk: int, frozen_head: bool)
     Segments 2i+1 and 2i+2 of a row are the chosen and the rejected document of its pair i; batch["pairs"] is
     [B, P].
     """
+    batch = next_token(batch, model.options.zigzag)
     hidden_BTD, _, aux = model(params, batch["tokens"], batch["positions"], batch["segments"])
-    targets_BT, weight_BT = next_token(batch)
+    targets_BT, weight_BT = batch["targets"], batch["weight"]
     logp_BT: Any = linear_logprobs(
         model.unembed, model.head(params), hidden_BTD, targets_BT, weight_BT, chunk, frozen_head
     )

@@ -1,27 +1,35 @@
 """The array operations that models and losses are made of. Axis letters as in weights.py."""
 
 from ftjax.ops.attention import attention
+from ftjax.ops.attention.decode import decode_attention
 from ftjax.ops.cross_entropy import linear_cross_entropy, linear_logprobs
 from ftjax.ops.layers import (
     activation,
+    by_device,
+    by_row,
     gated,
     gelu_tanh_times,
     gelu_times,
     l2_norm,
     layer_norm,
+    places,
+    recomputed,
+    reshard,
     rms_norm,
     rope,
     rope_frequencies,
     rope_table,
     shard,
+    shards,
     silu_times,
 )
-from ftjax.ops.linear import einsum, embed, lookup, product
+from ftjax.ops.linear import einsum, einsums, embed, lookup, product
 from ftjax.ops.moe import (
     balance_loss,
     expert_bias,
     experts,
     grouped,
+    groupeds,
     router_statistics,
     sigmoid_group_top_k,
     softmax_group_top_k,
@@ -33,8 +41,12 @@ from ftjax.ops.moe import (
 __all__ = [
     "activation",
     "attention",
+    "decode_attention",
     "balance_loss",
+    "by_device",
+    "by_row",
     "einsum",
+    "einsums",
     "embed",
     "expert_bias",
     "experts",
@@ -42,18 +54,23 @@ __all__ = [
     "gelu_tanh_times",
     "gelu_times",
     "grouped",
+    "groupeds",
     "l2_norm",
     "layer_norm",
     "linear_cross_entropy",
     "linear_logprobs",
     "lookup",
+    "places",
     "product",
+    "recomputed",
+    "reshard",
     "rms_norm",
     "rope",
     "rope_frequencies",
     "rope_table",
     "router_statistics",
     "shard",
+    "shards",
     "sigmoid_group_top_k",
     "silu_times",
     "softmax_group_top_k",

@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from ftjax.ops.layers import recomputed, rms_norm
+
 CHUNK = 64  # tokens that the chunked form takes at once
 
 
@@ -57,10 +59,13 @@ def l2_normalize(x, eps: float = 1e-6):
 def gated_rms_norm(x, gate, scale, eps: float):
     """x / rms(x) · scale · silu(gate) over the last axis, in x's dtype. Qwen3-Next's order: the normed x is
     rounded to x's dtype before the scale, the gate is applied in float32."""
-    x_f32 = x.astype(jnp.float32)
-    x_f32 = x_f32 * jax.lax.rsqrt(jnp.mean(x_f32 * x_f32, axis=-1, keepdims=True) + eps)
-    scaled = x_f32.astype(x.dtype) * scale.astype(x.dtype)
-    return (scaled.astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype)
+
+    @recomputed
+    def norm(x, gate, scale):
+        scaled = rms_norm(x, scale, eps)
+        return (scaled.astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype)
+
+    return norm(x, gate, scale)
 
 
 def gated_delta_rule(q_BTKH, k_BTKH, v_BTNX, log_decay_BTN, beta_BTN, segments_BT, positions_BT, state=None):

@@ -7,9 +7,18 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.linen import spmd
+from flax import linen as nn
 
 from ftjax.errors import UserError
+from ftjax.weights import spec
+
+
+def recomputed(f: Callable) -> Callable:
+    """f with a gradient that keeps f's arguments, in the dtype they came in, and computes f again: for chains
+    of elementwise operations in float32, of which autodiff would keep every step in float32."""
+    g = jax.custom_vjp(f)
+    g.defvjp(lambda *args: (f(*args), args), lambda args, d: jax.vjp(f, *args)[1](d))
+    return g
 
 
 def rms_norm(x, scale, eps: float, offset: float | None = None):
@@ -18,15 +27,20 @@ def rms_norm(x, scale, eps: float, offset: float | None = None):
     Without `offset` the normed x is rounded to x's dtype and then multiplied, as in Llama. With it, 0.0
     included, the product with (offset + scale) is taken in float32 and rounded once: offset 1 in Gemma, 0 in
     OLMo 2 and gpt-oss. In float32 the two are the same."""
-    x_f32 = _rms_normed(x, eps)
-    if offset is None:
-        return x_f32.astype(x.dtype) * scale.astype(x.dtype)
-    return (x_f32 * (scale.astype(jnp.float32) + offset)).astype(x.dtype)
+
+    @recomputed
+    def norm(x, scale):
+        x_f32 = _rms_normed(x, eps)
+        if offset is None:
+            return x_f32.astype(x.dtype) * scale.astype(x.dtype)
+        return (x_f32 * (scale.astype(jnp.float32) + offset)).astype(x.dtype)
+
+    return norm(x, scale)
 
 
 def l2_norm(x, eps: float):
     """x / rms(x) over the last axis, in float32, with no weight (Llama 4's norm of q and k)."""
-    return _rms_normed(x, eps).astype(x.dtype)
+    return recomputed(lambda x: _rms_normed(x, eps).astype(x.dtype))(x)
 
 
 def _rms_normed(x, eps):
@@ -39,14 +53,19 @@ def layer_norm(x, scale, bias, eps: float, offset: float = 0.0):
     Kiros & Hinton 2016, arXiv:1607.06450.
 
     `scale` and `bias` may be None (OLMo 1 has neither); `offset` is 1 in Nemotron."""
-    x_f32 = x.astype(jnp.float32)
-    x_f32 = x_f32 - jnp.mean(x_f32, axis=-1, keepdims=True)
-    x_f32 = _rms_normed(x_f32, eps)
-    if scale is not None:
-        x_f32 = x_f32 * (scale.astype(jnp.float32) + offset)
-    if bias is not None:
-        x_f32 = x_f32 + bias.astype(jnp.float32)
-    return x_f32.astype(x.dtype)
+
+    @recomputed
+    def norm(x, scale, bias):
+        x_f32 = x.astype(jnp.float32)
+        x_f32 = x_f32 - jnp.mean(x_f32, axis=-1, keepdims=True)
+        x_f32 = _rms_normed(x_f32, eps)
+        if scale is not None:
+            x_f32 = x_f32 * (scale.astype(jnp.float32) + offset)
+        if bias is not None:
+            x_f32 = x_f32 + bias.astype(jnp.float32)
+        return x_f32.astype(x.dtype)
+
+    return norm(x, scale, bias)
 
 
 _gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
@@ -68,14 +87,19 @@ def activation(name: str) -> Callable:
 
     UserError for a name that is not in ACTIVATIONS."""
     act = _act(name)
-    return lambda x: act(x.astype(jnp.float32)).astype(x.dtype)
+    return recomputed(lambda x: act(x.astype(jnp.float32)).astype(x.dtype))
 
 
 def gated(name: str) -> Callable:
     """The function (gate, up) -> act(gate) · up, computed in float32 and rounded once. Shazeer 2020,
     arXiv:2002.05202. UserError for a name that is not in ACTIVATIONS."""
     act = _act(name)
-    return lambda gate, up: (act(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(up.dtype)
+
+    @recomputed
+    def times(gate, up):
+        return (act(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(up.dtype)
+
+    return times
 
 
 def _act(name):
@@ -277,5 +301,66 @@ def rope(x_BTNH, table, interleaved: bool = False):
 
 
 def shard(x, axes: str):
-    """Constrain an activation to the mesh axes that the active logical-axis rules give its letters."""
-    return spmd.with_logical_constraint(x, tuple(axes))
+    """Constrain an activation to the mesh axes that the active rules give its letters (`weights.spec`)."""
+    where = _spec(axes)
+    return x if where is None else jax.lax.with_sharding_constraint(x, where)
+
+
+def _spec(axes: str):
+    mesh, rules = jax.sharding.get_abstract_mesh(), nn.get_logical_axis_rules()
+    return spec(axes, dict(rules), mesh) if rules and mesh.shape else None  # type: ignore[arg-type]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def reshard(x, axes: str, to: str):
+    """`x`, which lies as `axes` says, as `to` says; its gradient the other way round, so that what one
+    direction gathers the other sums where it is needed."""
+    return _reshard(x, axes, to)
+
+
+def _reshard(x, axes: str, to: str):
+    # Both are said: between a product and the second alone jaxlib 0.10.2's partitioner may gather the weight
+    # over the wrong devices (it did with dp, fsdp, cp and sp of two each).
+    return shard(shard(x, axes), to)
+
+
+reshard.defvjp(
+    lambda x, axes, to: (_reshard(x, axes, to), None), lambda axes, to, _, g: (_reshard(g, to, axes),)
+)
+
+
+def places(axes: str) -> dict[str, tuple[str, ...]]:
+    """{letter: the mesh axes that the active rules split it over} of an activation with these axes."""
+    parts = _spec(axes) or [None] * len(axes)
+    return {
+        x: () if p is None else (p,) if isinstance(p, str) else p for x, p in zip(axes, parts, strict=True)
+    }
+
+
+def shards(letter: str, axes: str | None = None) -> int:
+    """Over how many devices the active rules split the axis `letter` of an activation with these axes (or of
+    that alone); 1 without a mesh."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[name] for name in places(axes or letter)[letter])
+
+
+def by_device(x_BT):
+    """[B, T, …] -> [G, X, …]: the tokens of each of G devices (or groups of them that share theirs) together.
+    What does not divide is not cut."""
+    (B, T), (rows, cuts) = x_BT.shape[:2], _cuts(x_BT.shape)
+    x = x_BT.reshape(rows, B // rows, cuts, T // cuts, *x_BT.shape[2:])
+    x_GX = x.swapaxes(1, 2).reshape(rows * cuts, B // rows * (T // cuts), *x_BT.shape[2:])
+    return shard(x_GX, "X" + "_" * (x_GX.ndim - 1))
+
+
+def by_row(x_GX, B: int, T: int):
+    """The inverse of `by_device`; also of its result as one axis of tokens, [1, G · X, …]."""
+    rows, cuts = _cuts((B, T))
+    x = x_GX.reshape(rows, cuts, B // rows, T // cuts, *x_GX.shape[2:])
+    return shard(x.swapaxes(1, 2).reshape(B, T, *x_GX.shape[2:]), "BTD"[: x_GX.ndim])
+
+
+def _cuts(shape) -> tuple[int, int]:
+    """Over how many devices the rows of [B, T, …] are split, and the tokens of each."""
+    (B, T), (rows, cuts) = shape[:2], (shards(x, "BTF") for x in "BT")
+    return rows if B % rows == 0 else B, cuts if T % cuts == 0 else 1

@@ -2,24 +2,35 @@
 
 import functools
 import string
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
-from ftjax.weights import LoraWeight, NoisyEmbedding, ObservedWeight, RowsWeight, StackedLora
+from ftjax.ops import target
+from ftjax.ops.dequant import FP8_MAX, dequantise
+from ftjax.ops.layers import by_device, by_row, shard, shards
+from ftjax.weights import LoraWeight, NoisyEmbedding, ObservedWeight, QuantWeight, RowsWeight, StackedLora
+
+
+def asked(dtype):
+    """The dtype to ask a product for whose result is wanted in `dtype`. Sums are in float32 everywhere; on
+    CPU a float32 output is the difference between a fast bfloat16 kernel and a slow one, on accelerators it
+    would be written and read again only to be rounded."""
+    return jnp.float32 if target.kind() == "cpu" else dtype
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def product(eqn: str, x, w, dtype=None):
-    """jnp.einsum(eqn, x, w) accumulated in float32, in the backward products too; result in `dtype` or x's.
-
-    Every product asks for a float32 output and rounds once. On CPU that is the difference between a fast
-    bfloat16 kernel and a slow one, and no backend gives a less exact result for it.
-    """
-    out = jnp.einsum(eqn, x, w.astype(x.dtype), preferred_element_type=jnp.float32)
-    return out.astype(dtype or x.dtype)
+    """jnp.einsum(eqn, x, w) accumulated in float32 and rounded once, in the backward products too; result in
+    `dtype` or x's."""
+    dtype = dtype or x.dtype
+    out = jnp.einsum(eqn, x, w.astype(x.dtype), preferred_element_type=asked(dtype))
+    return out.astype(dtype)
 
 
 def _product_fwd(eqn, x, w, dtype):
@@ -30,12 +41,96 @@ def _product_bwd(eqn, dtype, residuals, g):
     x, w = residuals
     (x_axes, w_axes), y_axes = eqn.split("->")[0].split(","), eqn.split("->")[1]
     g = g.astype(x.dtype)
-    dx = jnp.einsum(f"{y_axes},{w_axes}->{x_axes}", g, w.astype(x.dtype), preferred_element_type=jnp.float32)
-    dw = jnp.einsum(f"{x_axes},{y_axes}->{w_axes}", x, g, preferred_element_type=jnp.float32)
-    return dx.astype(x.dtype), dw.astype(w.dtype)
+    dot: Any = jnp.einsum
+    dw = dot(f"{x_axes},{y_axes}->{w_axes}", x, g, preferred_element_type=asked(w.dtype))
+    return _input_gradient(eqn, g, w), dw.astype(w.dtype)
+
+
+def _input_gradient(eqn, g, w):
+    (x_axes, w_axes), y_axes = eqn.split("->")[0].split(","), eqn.split("->")[1]
+    dot: Any = jnp.einsum
+    dx = dot(f"{y_axes},{w_axes}->{x_axes}", g, w.astype(g.dtype), preferred_element_type=asked(g.dtype))
+    return dx.astype(g.dtype)
 
 
 product.defvjp(_product_fwd, _product_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def quantised_product(eqn: str, x, w: QuantWeight, dtype=None):
+    """`product` with a frozen weight that is kept in few bits. What it stands for is made where it is used
+    and not kept: the backward product, which is of x alone, makes it again. Of `fp8_dynamic` it never is
+    made: codes are multiplied with codes."""
+    if w.kind == "fp8_dynamic":
+        return _fp8_product(eqn, x, _gathered(eqn, w), dtype or x.dtype)
+    return product(eqn, x, dequantise(_gathered(eqn, w), x.dtype), dtype)
+
+
+def _gathered(eqn: str, w: QuantWeight) -> QuantWeight:
+    """`w` whole along the hidden axis: over FSDP it is the codes that travel, and not what they stand for."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return w
+    letters = eqn.split("->")[0].split(",")[1]
+    axes = letters[0] + letters[len(w.ins) :]
+    spec = PartitionSpec(*(None if letter == "D" else PartitionSpec.UNCONSTRAINED for letter in axes))
+    codes, scale = (jax.lax.with_sharding_constraint(x, spec) for x in (w.codes, w.scale))
+    return w.replace(codes=codes, scale=scale)
+
+
+def _quantised_bwd(eqn, dtype, residuals, g):
+    like, w = residuals
+    g = g.astype(like.dtype)
+    if w.kind == "fp8_dynamic":
+        return _fp8_input_gradient(eqn, g, _gathered(eqn, w)), None
+    g, w = again(g, w)
+    return _input_gradient(eqn, g, dequantise(_gathered(eqn, w), g.dtype)), None
+
+
+def _fp8_product(eqn: str, x, w: QuantWeight, dtype):
+    x_axes, ins, outs, y_axes, _ = _sides(eqn, len(w.ins))
+    codes, scale = fp8(x, [x_axes.index(c) for c in ins])
+    return _fp8_dot(
+        f"{x_axes},{ins}{outs}->{y_axes}", codes, scale, w, dtype, _along(w.scale[0], outs, y_axes)
+    )
+
+
+def _fp8_input_gradient(eqn: str, g, w: QuantWeight):
+    """The axes contracted here are those of the weight's scales, so the gradient takes them first."""
+    x_axes, ins, outs, y_axes, _ = _sides(eqn, len(w.ins))
+    scaled = g.astype(jnp.float32) * _along(w.scale[0], outs, y_axes)
+    codes, scale = fp8(scaled, [y_axes.index(c) for c in outs])
+    return _fp8_dot(f"{y_axes},{ins}{outs}->{x_axes}", codes, scale, w, g.dtype)
+
+
+def _fp8_dot(eqn: str, codes, scale, w: QuantWeight, dtype, more: Any = None):
+    """The product of two arrays of e4m3, times the first's scales (of the axes that stay) and `more`."""
+    (axes, w_axes), y_axes = eqn.split("->")[0].split(","), eqn.split("->")[1]
+    y: Any = jnp.einsum(eqn, codes, w.codes.reshape(w.shape), preferred_element_type=asked(dtype))
+    y = y.astype(jnp.float32) * _along(scale, "".join(c for c in axes if c not in w_axes), y_axes)
+    return (y if more is None else y * more).astype(dtype)
+
+
+def fp8(x, axes: Sequence[int]):
+    """(codes, scales) of x in e4m3 with one scale, float32, for all of `axes`, which the scales do not have:
+    the largest magnitude is 448. Gradients too, as in torchao's rowwise recipe: with a scale a token they
+    need e4m3's third bit more than e5m2's range."""
+    x = x.astype(jnp.float32)
+    top = jnp.max(jnp.abs(x), axis=tuple(axes), keepdims=True)
+    codes = x * (FP8_MAX / jnp.where(top == 0, 1.0, top))
+    codes = jnp.clip(codes, -FP8_MAX, FP8_MAX).astype(jnp.float8_e4m3fn)
+    return codes, jnp.squeeze(top, axis=tuple(axes)) / FP8_MAX
+
+
+def again(g, w: QuantWeight):
+    """(g, w), w tied to the gradient g, without which XLA would see that an unrolled loop dequantises every
+    weight twice, and keep what came of the first time."""
+    return jax.lax.optimization_barrier((g, w))
+
+
+quantised_product.defvjp(
+    lambda eqn, x, w, dtype: (quantised_product(eqn, x, w, dtype), (jnp.empty(0, x.dtype), w)),
+    _quantised_bwd,
+)
 
 
 def einsum(eqn: str, x, w, dtype=None) -> Any:
@@ -52,10 +147,55 @@ def einsum(eqn: str, x, w, dtype=None) -> Any:
         return _stacked_product(eqn, x, w, dtype)
     if isinstance(w, ObservedWeight):
         return einsum(eqn, _observe(eqn, x, w.moment), w.base, dtype)
-    if not isinstance(w, LoraWeight):
-        return product(eqn, x, w, dtype)
+    if isinstance(w, LoraWeight):
+        return _adapted_product(eqn, x, w, dtype)
+    if isinstance(w, QuantWeight):
+        return quantised_product(eqn, x, w, dtype)
+    return product(eqn, x, w, dtype)
+
+
+def einsums(eqns: Sequence[str], x, ws: Sequence[Any]) -> list[Any]:
+    """`einsum` of one x with several weights that contract the same axes of it: x is read once for the first
+    factors of all that are adapted, forward and backward."""
+
+    def first(x, a_XR):
+        x_axes, ins = eqns[0].split(",")[0], _sides(eqns[0], a_XR.ndim - 1)[1]
+        rank = next(c for c in "R" + string.ascii_lowercase if c not in eqns[0])
+        y_axes = "".join(c for c in x_axes if c not in ins) + rank
+        return product(f"{x_axes},{ins}{rank}->{y_axes}", x, a_XR, jnp.float32)
+
+    lows = first_factors(x, ws, first)
+    return [
+        einsum(eqn, x, w) if low is None else _adapted_product(eqn, x, w, None, low)
+        for eqn, w, low in zip(eqns, ws, lows, strict=True)
+    ]
+
+
+def first_factors(x, ws: Sequence[Any], first: Callable) -> list[Any]:
+    """`first(x, a)` [..., R] of each weight's first factor a [..., R], by one call with the factors side by
+    side; None for what is not adapted, or has dropout, whose masks are its own."""
+    lows: list[Any] = [None] * len(ws)
+    alike = [i for i, w in enumerate(ws) if isinstance(w, LoraWeight) and (w.rng is None or w.dropout == 0.0)]
+    if len(alike) < 2:
+        return lows
+    factors = [ws[i].a for i in alike]
+    ends = np.cumsum([a.shape[-1] for a in factors])[:-1]
+    for i, low in zip(alike, jnp.split(first(x, jnp.concatenate(factors, -1)), ends, -1), strict=True):
+        lows[i] = low
+    return lows
+
+
+def wide(dtype):
+    """The dtype to ask a base's product for to which an adapter's is added, given the result's. A GPU's
+    matrix product adds to an array of its output's own type at no cost; elsewhere the sum is rounded once.
+    Over a mesh that splits what is summed over, it is the products' dtype that travels."""
+    return dtype if target.kind() == "gpu" or shards("F") > 1 else jnp.float32
+
+
+def _adapted_product(eqn: str, x, w: LoraWeight, dtype, low: Any = None) -> Any:
+    """x with base + scale · a b; `low` is x with the first factor where that is known already."""
+    dtype = dtype or x.dtype
     x_axes, ins, outs, y_axes, forward = _sides(eqn, w.a.ndim - 1)
-    base_eqn = eqn
     rank = next(c for c in "R" + string.ascii_lowercase if c not in eqn)
     h_axes = "".join(c for c in x_axes if c not in ins) + rank
     first, second = (w.a, w.b) if forward else (w.b, w.a)
@@ -67,18 +207,20 @@ def einsum(eqn: str, x, w, dtype=None) -> Any:
         scaled = branch.astype(jnp.float32) * _along(gain, ins, x_axes)
         x32 = x.astype(jnp.float32) + (scaled - branch.astype(jnp.float32)) if dropped else scaled
         x, branch, gain = x32.astype(x.dtype), scaled.astype(x.dtype), None
-    h: Any = product(f"{x_axes},{first_axes}->{h_axes}", branch, first, jnp.float32)
-    h = (h * w.scale).astype(x.dtype)
-    delta: Any = product(f"{h_axes},{second_axes}->{y_axes}", h, second, jnp.float32)
-    y = einsum(base_eqn, x, w.base, jnp.float32)
+    if low is None:
+        low = product(f"{x_axes},{first_axes}->{h_axes}", branch, first, jnp.float32)
+    h = checkpoint_name((low * w.scale).astype(x.dtype), "lora")
+    delta: Any = product(f"{h_axes},{second_axes}->{y_axes}", h, second, asked(dtype))
     if gain is None:
-        return (y + delta).astype(dtype or x.dtype)  # rounded once
+        y = einsum(eqn, x, w.base, wide(dtype))
+        return (y + delta.astype(y.dtype)).astype(dtype)
+    y, delta = einsum(eqn, x, w.base, jnp.float32), delta.astype(jnp.float32)
     gain = _along(gain, outs, y_axes)
     if not dropped:
-        return (gain * (y + delta)).astype(dtype or x.dtype)
+        return (gain * (y + delta)).astype(dtype)
     # as in PEFT: the base sees the whole input once, and what DoRA adds to it is of the dropped one
-    dropped_y = einsum(base_eqn, branch, w.base, jnp.float32)
-    return (y + (gain - 1.0) * dropped_y + gain * delta).astype(dtype or x.dtype)
+    dropped_y = einsum(eqn, branch, w.base, jnp.float32)
+    return (y + (gain - 1.0) * dropped_y + gain * delta).astype(dtype)
 
 
 def _sides(eqn: str, count: int) -> tuple[str, str, str, str, bool]:
@@ -103,8 +245,13 @@ def output_norm(base, a, b, scale):
 
     By ‖W‖² + Σ_r s b ⊙ (2 aᵀW + s (aᵀa) b), so that a b is never formed. For W [I, O] and rank R that is
     2 I O R operations (aᵀW), as many as the weight's own product with R more tokens, once a layer and pass;
-    beside it 2 I O (‖W‖²) and 2 (I + O) R². No gradient goes through it.
+    beside it 2 I O (‖W‖²) and 2 (I + O) R². No gradient goes through it. Of a quantised base the matrices are
+    made one at a time.
     """
+    if isinstance(base, QuantWeight):
+        if scale.ndim:
+            return jax.lax.map(lambda one: output_norm(*one), (base, a, b, scale))
+        base = dequantise(base, jnp.float32)
     lead, count = scale.ndim, a.ndim - scale.ndim - 1
     letters = string.ascii_uppercase
     L, ins, outs = letters[:lead], letters[lead : lead + count], letters[lead + count : base.ndim]
@@ -185,10 +332,14 @@ def _chosen(x, which, other: float = 0.0):
 
 
 def dropout(x, w: LoraWeight):
-    """The low-rank branch's input: x with a share w.dropout of its elements zeroed, the rest scaled up."""
+    """The low-rank branch's input: x with a share w.dropout of its elements zeroed, the rest scaled up. With
+    a key a row each row's share is drawn from its own."""
     if w.rng is None or w.dropout == 0.0:
         return x
-    keep = jax.random.bernoulli(w.rng, 1.0 - w.dropout, x.shape)
+    if w.rng.ndim:
+        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - w.dropout, x.shape[1:]))(w.rng)
+    else:
+        keep = jax.random.bernoulli(w.rng, 1.0 - w.dropout, x.shape)
     return jnp.where(keep, x / (1.0 - w.dropout), 0).astype(x.dtype)
 
 
@@ -226,7 +377,12 @@ def embed(w, tokens_BT, segments_BT, dtype, scale: float | None = None):
     """Rows of an embedding table [V, D], times `scale` rounded to `dtype`, as [B, T, D]. NEFTune's noise is
     added to that and has the width alpha / sqrt(T' D), T' the length of the token's own document (segment),
     so that packing does not change it."""
-    x_BTD = lookup(w, tokens_BT, dtype)
+    if shards("X") > 1:
+        # A device looks its part of the hidden axis up for all tokens; one exchange gives each its own.
+        x_GXD = shard(lookup(w, by_device(tokens_BT), dtype), "O_Z")
+        x_BTD = by_row(shard(x_GXD, "X__"), *tokens_BT.shape)
+    else:
+        x_BTD = lookup(w, tokens_BT, dtype)
     if scale is not None:
         x_BTD = x_BTD * jnp.asarray(scale, dtype)
     if not isinstance(w, NoisyEmbedding):

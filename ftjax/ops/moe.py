@@ -5,63 +5,117 @@ rows, sorted by expert, go through the experts.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
-from ftjax.ops.linear import dropout, output_gain
-from ftjax.weights import LoraWeight, ObservedWeight
+from ftjax.ops.dequant import dequantise
+from ftjax.ops.layers import places, shards
+from ftjax.ops.linear import again, asked, dropout, first_factors, output_gain, wide
+from ftjax.weights import LoraWeight, ObservedWeight, QuantWeight, fold_in
 
 
-def experts(x_XD, chosen_XC, weight_XC, fn: Callable, count: int, weigh_input: bool = False):
+def experts(
+    x_XD, chosen_XC, weight_XC, fn: Callable, w, count: int, weigh_input: bool = False, ids_X: Any = None
+):
     """The sum over each token's chosen experts of weight · fn(token), summed in float32; result [X, ...].
 
-    `fn(rows_MD, group_sizes)` gets a copy of each token for each of its experts, sorted by expert, and the
-    number of rows of each of the `count` experts, int32 [E]; it computes with `grouped` and `expert_bias`.
-    No row is dropped and none depends on another, so what padding does changes no other token. `chosen` is
-    int32 in [0, count). With `weigh_input` the copies are weighted before `fn` instead (Llama 4).
-    """
+    `fn(w, rows_MD, group_sizes)` gets a copy of each token for each of its experts, sorted by expert, and the
+    number of rows of each expert, int32 [E]; it computes with `grouped` and `expert_bias` and the experts'
+    weights in `w`, a tree in which every array leads with the axis of the `count` experts. No row is dropped
+    and none depends on another, so what padding does changes no other token. `chosen` is int32 in [0, count).
+    With `weigh_input` the copies are weighted before `fn` instead (Llama 4). `ids_X` int32 are the tokens'
+    numbers, by which dropout is drawn, where they do not come in their order.
+
+    On a mesh each device works on its own tokens (`by_device`'s order of [B, T]), with whole experts of every
+    weight. Where the mesh splits the experts, a device has all tokens of those it shares the experts with
+    come to its own experts, and its part of the sums goes back: the tokens' bytes twice, however many experts
+    a token has. Room is made for every one of those tokens to choose as many of its experts as it can."""
     X, C = chosen_XC.shape
+    mesh, on = jax.sharding.get_abstract_mesh(), places("X") | places("E")
+    if X % shards("X"):
+        on["X"] = ()
+    ids_X = jnp.arange(X, dtype=jnp.int32) if ids_X is None else ids_X
+    run = functools.partial(_own_experts, fn, count, weigh_input, on["E"] if on["X"] else ())
+    if not on["X"]:
+        return run(x_XD, chosen_XC, weight_XC, ids_X, w)
+    by_token, by_expert = PartitionSpec(on["X"]), PartitionSpec(on["E"] or None)
+    of_w = jax.tree.map(lambda x: by_expert if x.ndim and x.shape[0] == count else PartitionSpec(), w)
+    return jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=(by_token, by_token, by_token, by_token, of_w),
+        out_specs=by_token,
+        axis_names={*on["X"], *on["E"]},
+        check_vma=False,
+    )(x_XD, chosen_XC, weight_XC, ids_X, w)
+
+
+def _own_experts(fn, count: int, weigh_input: bool, axes, x_XD, chosen_XC, weight_XC, ids_X, w):
+    """`experts` of one device, whose experts are those of its part of the mesh axes `axes`."""
+    if axes:
+        gather: Any = functools.partial(jax.lax.all_gather, axis_name=axes, axis=0, tiled=True)
+        x_XD, chosen_XC, weight_XC, ids_X = map(gather, (x_XD, chosen_XC, weight_XC, ids_X))
+        count //= jax.lax.axis_size(axes)
+        chosen_XC = chosen_XC - jax.lax.axis_index(axes) * count
+        chosen_XC = jnp.where((chosen_XC >= 0) & (chosen_XC < count), chosen_XC, count)
+    X, C = chosen_XC.shape
+    M = X * min(C, count)  # rows, at most
     expert_M = chosen_XC.reshape(-1)
-    order_M = jnp.argsort(expert_M, stable=True)
-    inverse_M = jnp.argsort(order_M)
+    order_M = checkpoint_name(jnp.argsort(expert_M, stable=True), "route")
+    inverse_M = checkpoint_name(jnp.argsort(order_M), "route")
+    if axes:  # of what others do, no row
+        order_M, inverse_M = order_M[:M], jnp.where(expert_M < count, inverse_M, M)
     group_sizes = jnp.bincount(expert_M, length=count).astype(jnp.int32)
-    rows_MD: Any = _spread(x_XD, order_M, inverse_M, C)
+    rows_MD: Any = _spread(x_XD, order_M, inverse_M, C, bool(axes))
     if weigh_input:
-        weight_M1 = _reorder(weight_XC.reshape(-1), order_M, inverse_M)[:, None].astype(jnp.float32)
+        weight_M: Any = _reorder(weight_XC.reshape(-1), order_M, inverse_M, bool(axes))
+        weight_M1 = weight_M[:, None].astype(jnp.float32)
         rows_MD = (rows_MD.astype(jnp.float32) * weight_M1).astype(x_XD.dtype)
-    out = _reorder(fn(rows_MD, group_sizes), inverse_M, order_M)
+    w = fold_in(w, ids_X[order_M // C] * C + order_M % C)  # dropout is of a token's copy, wherever that is
+    out: Any = _reorder(fn(w, rows_MD, group_sizes), inverse_M, order_M, bool(axes))
     out = out.reshape(X, C, *out.shape[1:]).astype(jnp.float32)
     if not weigh_input:
         out = out * weight_XC.astype(jnp.float32).reshape(X, C, *(1,) * (out.ndim - 2))
-    return jnp.sum(out, axis=1).astype(x_XD.dtype)
+    out = jnp.sum(out, axis=1).astype(x_XD.dtype)
+    return jax.lax.psum_scatter(out, axes, scatter_dimension=0, tiled=True) if axes else out
 
 
 # Both are gathers whose gradient autodiff would scatter, in the rows' dtype; that of a permutation is the
-# gather of its inverse.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _spread(x_XD, order_M, inverse_M, copies: int):
+# gather of its inverse. Of a `part` of a permutation, what is not there is beyond the end in the inverse.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _spread(x_XD, order_M, inverse_M, copies: int, part: bool):
     """x[order // copies]: that many copies of every token, in the order of `order`."""
     return x_XD[order_M // copies]
 
 
-def _spread_bwd(copies, inverse_M, g_MD):
-    g = g_MD[inverse_M].reshape(-1, copies, *g_MD.shape[1:]).astype(jnp.float32)
+def _spread_bwd(copies, part, inverse_M, g_MD):
+    g = _rows(g_MD, inverse_M, part).reshape(-1, copies, *g_MD.shape[1:]).astype(jnp.float32)
     return jnp.sum(g, axis=1).astype(g_MD.dtype), None, None
 
 
-_spread.defvjp(lambda x, order, inverse, copies: (x[order // copies], inverse), _spread_bwd)
+_spread.defvjp(lambda x, order, inverse, copies, part: (x[order // copies], inverse), _spread_bwd)
 
 
-@jax.custom_vjp
-def _reorder(x, order_M, inverse_M):
-    return x[order_M]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _reorder(x, order_M, inverse_M, part: bool):
+    return _rows(x, order_M, part)
 
 
-_reorder.defvjp(lambda x, order, inverse: (x[order], inverse), lambda inverse, g: (g[inverse], None, None))
+_reorder.defvjp(
+    lambda x, order, inverse, part: (_rows(x, order, part), inverse),
+    lambda part, inverse, g: (_rows(g, inverse, part), None, None),
+)
+
+
+def _rows(x, at, part: bool):
+    """x[at], of a part zeros where `at` is beyond its end."""
+    return x.at[at].get(mode="fill", fill_value=0) if part else x[at]
 
 
 def grouped(rows, w, group_sizes, dtype=None) -> Any:
@@ -75,29 +129,50 @@ def grouped(rows, w, group_sizes, dtype=None) -> Any:
         flat = rows.reshape(rows.shape[0], -1)
         rows = _observed(flat, w.moment, group_sizes).reshape(rows.shape)
         return grouped(rows, w.base, group_sizes, dtype)
-    if not isinstance(w, LoraWeight):
-        return _grouped(rows, w, group_sizes, dtype)
+    if isinstance(w, LoraWeight):
+        return _grouped_adapted(rows, w, group_sizes, dtype)
+    if isinstance(w, QuantWeight):
+        return _grouped_quantised(rows, w, group_sizes, dtype)
+    return _grouped(rows, w, group_sizes, dtype)
+
+
+def groupeds(rows, ws: Sequence[Any], group_sizes) -> list[Any]:
+    """`grouped` of the same rows with several weights: the rows are read once for all first factors."""
+    lows = first_factors(rows, ws, lambda rows, a: _grouped(rows, a, group_sizes, jnp.float32))
+    return [
+        grouped(rows, w, group_sizes) if low is None else _grouped_adapted(rows, w, group_sizes, None, low)
+        for w, low in zip(ws, lows, strict=True)
+    ]
+
+
+def _grouped_adapted(rows, w: LoraWeight, group_sizes, dtype, low: Any = None) -> Any:
+    """As ops.linear's product of an adapted weight; `low` is the rows with the first factor where known."""
+    dtype = dtype or rows.dtype
     branch = dropout(rows, w)
-    h: Any = _grouped(branch, w.a, group_sizes, jnp.float32)
+    if low is None:
+        low = _grouped(branch, w.a, group_sizes, jnp.float32)
     scale = w.scale
     if scale.ndim:
         scale = scale[_row_experts(group_sizes, rows.shape[0])][:, None]
-    delta: Any = _grouped((h * scale).astype(rows.dtype), w.b, group_sizes, jnp.float32)
-    y = grouped(rows, w.base, group_sizes, jnp.float32)
+    h = checkpoint_name((low * scale).astype(rows.dtype), "lora")
+    delta: Any = _grouped(h, w.b, group_sizes, asked(dtype))
     if w.m is None:
-        return (y + delta).astype(dtype or rows.dtype)  # rounded once
+        y = grouped(rows, w.base, group_sizes, wide(dtype))
+        return (y + delta.astype(y.dtype)).astype(dtype)
+    y, delta = grouped(rows, w.base, group_sizes, jnp.float32), delta.astype(jnp.float32)
     gain = output_gain(w)[_row_experts(group_sizes, rows.shape[0])]
     if branch is rows:
-        return (gain * (y + delta)).astype(dtype or rows.dtype)
+        return (gain * (y + delta)).astype(dtype)
     dropped = grouped(branch, w.base, group_sizes, jnp.float32)  # as in ops.einsum
-    return (y + (gain - 1.0) * dropped + gain * delta).astype(dtype or rows.dtype)
+    return (y + (gain - 1.0) * dropped + gain * delta).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _grouped(rows, w, group_sizes, dtype):
     rows_MI, w_EIO = _flat(rows, w)
-    out_MO = _ragged(rows_MI, w_EIO.astype(rows.dtype), group_sizes)
-    return out_MO.reshape(rows.shape[0], *w.shape[rows.ndim :]).astype(dtype or rows.dtype)
+    dtype = dtype or rows.dtype
+    out_MO = _ragged(rows_MI, w_EIO.astype(rows.dtype), group_sizes, dtype)
+    return out_MO.reshape(rows.shape[0], *w.shape[rows.ndim :]).astype(dtype)
 
 
 def _flat(rows, w):
@@ -106,8 +181,8 @@ def _flat(rows, w):
     return rows.reshape(-1, size), w.reshape(w.shape[0], size, -1)
 
 
-def _ragged(rows_MI, w_EIO, group_sizes):
-    return jax.lax.ragged_dot(rows_MI, w_EIO, group_sizes, preferred_element_type=jnp.float32)
+def _ragged(rows_MI, w_EIO, group_sizes, dtype):
+    return jax.lax.ragged_dot(rows_MI, w_EIO, group_sizes, preferred_element_type=asked(dtype))
 
 
 # [M, I] and [M, O] -> [E, I, O], the sum over each expert's rows
@@ -118,18 +193,46 @@ _BY_EXPERT = jax.lax.RaggedDotDimensionNumbers(
 
 def _grouped_bwd(dtype, residuals, g):
     rows, w, group_sizes = residuals
-    rows_MI, w_EIO = _flat(rows, w)
+    rows_MI, _ = _flat(rows, w)
     g_MO = g.reshape(g.shape[0], -1).astype(rows.dtype)
-    d_rows = _ragged(g_MO, w_EIO.astype(rows.dtype).transpose(0, 2, 1), group_sizes)
     d_w = jax.lax.ragged_dot_general(
-        rows_MI, g_MO, group_sizes, _BY_EXPERT, preferred_element_type=jnp.float32
+        rows_MI, g_MO, group_sizes, _BY_EXPERT, preferred_element_type=asked(w.dtype)
     )
-    return d_rows.reshape(rows.shape).astype(rows.dtype), d_w.reshape(w.shape).astype(w.dtype), None
+    d_rows = _rows_gradient(g_MO, w, group_sizes, rows.shape)
+    return d_rows, d_w.reshape(w.shape).astype(w.dtype), None
+
+
+def _rows_gradient(g_MO, w, group_sizes, shape):
+    w_EIO = w.reshape(w.shape[0], -1, g_MO.shape[1]).astype(g_MO.dtype)
+    d_rows = _ragged(g_MO, w_EIO.transpose(0, 2, 1), group_sizes, g_MO.dtype)
+    return d_rows.reshape(shape).astype(g_MO.dtype)
 
 
 _grouped.defvjp(
     lambda rows, w, group_sizes, dtype: (_grouped(rows, w, group_sizes, dtype), (rows, w, group_sizes)),
     _grouped_bwd,
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _grouped_quantised(rows, w: QuantWeight, group_sizes, dtype):
+    """As ops.linear's quantised_product."""
+    return _grouped(rows, dequantise(w, rows.dtype), group_sizes, dtype)
+
+
+def _grouped_quantised_bwd(dtype, residuals, g):
+    like, w, group_sizes = residuals
+    g_MO, w = again(g.reshape(g.shape[0], -1).astype(like.dtype), w)
+    shape = g.shape[0], *w.shape[1 : w.ndim - w.outs]
+    return _rows_gradient(g_MO, dequantise(w, like.dtype), group_sizes, shape), None, None
+
+
+_grouped_quantised.defvjp(
+    lambda rows, w, group_sizes, dtype: (
+        _grouped_quantised(rows, w, group_sizes, dtype),
+        (jnp.empty(0, rows.dtype), w, group_sizes),
+    ),
+    _grouped_quantised_bwd,
 )
 
 

@@ -11,6 +11,7 @@ import yaml
 from ftjax import files, generate, hf, lora, models, peft
 from ftjax.errors import UserError
 from ftjax.generate import GenerateOptions, Generator
+from ftjax.recipes.folder import quant_options
 
 HELP = """\
 /reset          forget the conversation
@@ -57,6 +58,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--stop", action="append", default=[], help="end an answer before this text; may be repeated"
     )
+    out.add_argument(
+        "--no-merge", action="store_true", help="apply the adapter beside the weights, not folded into them"
+    )
     return out
 
 
@@ -84,10 +88,11 @@ def main(argv: list[str]) -> int:
         repetition_penalty=args.repetition_penalty,
         seed=args.seed,
         stop=tuple(args.stop),
+        merge=not args.no_merge,
     )
     if args.prompt is not None and not args.prompt.strip():
         raise UserError("--prompt is empty")
-    speaker = load(args.model, base=args.base)
+    speaker = load(args.model, base=args.base, merge=options.merge)
     if not speaker.chats:
         if args.system:
             raise UserError(f"--system: {speaker.name} has no chat template, so it takes no system prompt")
@@ -194,14 +199,16 @@ class Conversation:
         return finished
 
 
-def load(name: str, *, base: bool = False) -> Speaker:
-    """A run folder, an adapter folder or a model, ready to speak. UserError where it is none of them."""
+def load(name: str, *, base: bool = False, merge: bool = True) -> Speaker:
+    """A run folder, an adapter folder or a model, ready to speak, its adapter folded in if `merge`. UserError
+    where it is none of them."""
     folder = Path(name).expanduser()
     adapter: Path | None = None
-    template, template_args = None, {}
+    template, template_args, held = None, {}, None
     if (folder / "base.json").is_file():
         described = files.read_json(folder / "base.json")
         template, template_args = _template(folder / "config.yaml")
+        held = quant_options(described)
         if base:
             source = _open_base(folder, described)
         elif (folder / "adapter").is_dir():
@@ -219,6 +226,8 @@ def load(name: str, *, base: bool = False) -> Speaker:
         raise UserError(f"--base: {name} is no run folder: there is no base beside it")
     else:
         source = hf.open_model(name)
+    if not merge and adapter is None:
+        raise UserError(f"--no-merge: nothing of {name} is an adapter")
     tokenizer = hf.load_tokenizer(source)
     if template is None and adapter is not None and (adapter / "chat_template.jinja").is_file():
         template = (adapter / "chat_template.jinja").read_text(encoding="utf-8")
@@ -227,11 +236,11 @@ def load(name: str, *, base: bool = False) -> Speaker:
     dtype = generate.default_dtype()
     model = models.from_config(source.config).with_options(dtype=dtype)
     _say(f"loading {name}" + (f" (its base {source.source})" if base else ""))
-    params = hf.load_params(source, model, dtype=None if adapter else dtype)
+    params = hf.load_params(source, model, dtype=None if adapter else dtype, quantise=held)
     if adapter is not None:
         _, plan, factors = peft.load(adapter, model, source)
         params = lora.attach(params, factors, plan)
-    params = generate.prepare(params, dtype)
+    params = generate.prepare(params, dtype, merge=merge)
     ends = generate.end_tokens(source.config, source.path if source.path.is_dir() else None, tokenizer)
     return Speaker(Generator(model, params, tokenizer, eos=ends), name, template_args)
 

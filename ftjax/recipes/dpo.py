@@ -1,10 +1,10 @@
 """ftjax dpo CONFIG.yaml: direct preference optimisation from pairs of answers."""
 
 from ftjax.objectives.preference import dpo_loss
-from ftjax.recipes import training
+from ftjax.recipes import program
 
 
-def make_loss(setup: training.Setup):
+def make_loss(setup: program.Setup):
     return dpo_loss(
         setup.model,
         setup.params_of,
@@ -17,4 +17,6 @@ def make_loss(setup: training.Setup):
 
 
 def main(argv: list[str]) -> int:
+    from ftjax.recipes import training  # slow to import, and not needed to plan
+
     return training.main(argv, "dpo", make_loss, preference=True)

@@ -14,6 +14,7 @@ import numpy as np
 from ftjax import files, generate, gguf_export, hf, hf_export, lora, models, peft
 from ftjax.errors import UserError
 from ftjax.recipes import card
+from ftjax.recipes.folder import quant_options
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_ADAPTER_DRIFT = 1e-3  # Drift.relative of an adapter, whose factors are written in float32
@@ -145,7 +146,7 @@ def at_checkpoint(run: Path, cfg, model: models.Model, trainable: dict, which: s
     """The trained weights, arranged as `trainable`, in RUN/checkpoints at "best", "last" or a step."""
     from ftjax import checkpoint, optim, train
 
-    saver = checkpoint.Checkpoints(run / "checkpoints")
+    saver = checkpoint.Checkpoints(cfg.checkpoint.directory or run / "checkpoints")
     steps = saver.steps()
     step = None
     if which == "best":
@@ -174,6 +175,22 @@ def _list(steps) -> str:
     return ", ".join(map(str, steps)) or "none"
 
 
+def say_base(tuned: Tuned, check: hf_export.Probe) -> None:
+    """Where the run held its base in few bits: how far what it trained is from what goes out, which is for
+    the base as it is published."""
+    facts = files.read_json(tuned.run / "base.json")
+    held = quant_options(facts)
+    if held is None or tuned.plan is None:
+        return
+    params = hf.load_params(tuned.source, tuned.model, quantise=held)
+    tree = lora.attach(params, tuned.adapters or {}, tuned.plan)
+    drift = hf_export.drift(check, tuned.model, tree)
+    print(
+        f"note: the run held its base in {held.kind}; this goes with the unquantised one, whose logits "
+        f"differ from the run's by: {drift}"
+    )
+
+
 # -- One function a target
 
 
@@ -183,7 +200,7 @@ def to_peft(tuned: Tuned, output: Path, args, layout: str = "peft") -> None:
     source, base_name = tuned.source, None
     if source.kind == "gguf":  # PEFT cannot load it: the dequantised weights are this adapter's base
         base_name = str(write_base(tuned, output.parent / "base", args).absolute())
-    folder = peft.save(
+    out = peft.save(
         output,
         tuned.plan,
         tuned.adapters or {},
@@ -196,15 +213,16 @@ def to_peft(tuned: Tuned, output: Path, args, layout: str = "peft") -> None:
         card=tuned.card("peft", base_name),
         overwrite=args.overwrite,
     )
-    _, plan, again = peft.load(folder, tuned.model)
+    _, plan, again = peft.load(out, tuned.model)
     params = hf.load_params(source, tuned.model)
     tokenizer = hf.load_tokenizer(source)
     check = hf_export.probe(tuned.model, lora.attach(params, tuned.adapters or {}, tuned.plan), tokenizer)
     drift = hf_export.drift(check, tuned.model, lora.attach(params, again, plan))
     if not drift.relative <= MAX_ADAPTER_DRIFT:
-        raise UserError(f"{folder}: what was written does not compute what was tuned ({drift})")
+        raise UserError(f"{out}: what was written does not compute what was tuned ({drift})")
     size = sum(x.size for x in jax.tree.leaves(again))
-    print(f"{folder}: an adapter of {size:,} weights, re-opened: {drift}")
+    print(f"{out}: an adapter of {size:,} weights, re-opened: {drift}")
+    say_base(tuned, check)
 
 
 def to_vllm(tuned: Tuned, output: Path, args) -> None:
@@ -217,6 +235,7 @@ def to_vllm(tuned: Tuned, output: Path, args) -> None:
 
 def to_hf(tuned: Tuned, output: Path, args) -> None:
     tokenizer = hf.load_tokenizer(tuned.source)
+    check = hf_export.probe(tuned.model, tuned.tree(), tokenizer)
     saved = hf_export.save_model(
         output,
         tuned.model,
@@ -227,10 +246,11 @@ def to_hf(tuned: Tuned, output: Path, args) -> None:
         chat_template=tuned.chat_template(),
         stop_ids=[] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id],
         card=tuned.card("transformers"),
-        check=hf_export.probe(tuned.model, tuned.tree(), tokenizer),
+        check=check,
         overwrite=args.overwrite,
     )
     show(saved, "the tuned model" if tuned.plan is None else "the merged model")
+    say_base(tuned, check)
 
 
 def to_gguf(tuned: Tuned, output: Path, args) -> None:
@@ -263,6 +283,7 @@ def to_gguf(tuned: Tuned, output: Path, args) -> None:
     for note in done.notes:
         print(f"note: {note}")
     print(f"{output}: {done.path.name}, {done.size / 1e6:,.1f} MB, and a Modelfile; re-opened: {result}")
+    say_base(tuned, check)
     print(f"ollama create {slug} -f {output / 'Modelfile'}")
 
 

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -26,11 +26,16 @@ def plain(value: Any) -> Any:
         return str(value)
 
 
+def beside(name: str) -> str:
+    """The name under which a file is written before it takes its own."""
+    return f".{name}.tmp"
+
+
 def write_text(path: pathlib.Path, text: str) -> None:
     """Beside it first, then renamed: nobody ever reads half a file."""
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text, "utf-8")
-    os.replace(beside, path)
+    new = path.with_name(beside(path.name))
+    new.write_text(text, "utf-8")
+    os.replace(new, path)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -62,10 +67,5 @@ def read_lines(path: pathlib.Path) -> list[dict]:
     return records
 
 
-def truncate(path: pathlib.Path, step: int) -> list[dict]:
-    """Drop what a run wrote after the step it goes on from (all of it, for step 0); the records that stay."""
-    records = read_lines(path)
-    kept = [r for r in records if step and r["step"] <= step]
-    if path.exists():
-        write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
-    return kept
+def write_lines(path: pathlib.Path, records: Iterable[Mapping]) -> None:
+    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))

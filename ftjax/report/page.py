@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ftjax.report import chart, files
+from ftjax.report import chart, files, goodput, profile
 from ftjax.report.progress import count, duration, size
 
 _CSS = """
@@ -83,21 +83,24 @@ footer { margin-top: 56px; color: var(--soft); font-size: 13px; }
 """
 
 
-def write_report(run: str | os.PathLike) -> pathlib.Path:
-    """loss.png and report.html from the files of a run folder, finished or not; the page's path."""
+def write_report(run: str | os.PathLike, summary: Mapping | None = None) -> pathlib.Path:
+    """loss.png and report.html from the files of a run folder, finished or not; the page's path. `summary` is
+    what summary.json is about to say."""
     run = pathlib.Path(run)
+    summary = summary or files.read_json(run / "summary.json")
     records = files.read_lines(run / "metrics.jsonl")
     lines = chart.curves(records)
     name = run.resolve().name
     chart.loss_png(lines, run / "loss.png", name)
     path = run / "report.html"
-    files.write_text(path, page(run, name, records, lines))
+    files.write_text(path, page(run, name, records, lines, summary))
     return path
 
 
-def page(run: pathlib.Path, name: str, records: Sequence[dict], lines: chart.Curves) -> str:
+def page(
+    run: pathlib.Path, name: str, records: Sequence[dict], lines: chart.Curves, summary: Mapping | None
+) -> str:
     info = files.read_json(run / "info.json") or {}
-    summary = files.read_json(run / "summary.json")
     base = files.read_json(run / "base.json") or {}
     config = (run / "config.yaml").read_text("utf-8") if (run / "config.yaml").exists() else ""
     sections = [
@@ -107,6 +110,7 @@ def page(run: pathlib.Path, name: str, records: Sequence[dict], lines: chart.Cur
         _commands(run, info),
         _data(info),
         _speed(records, summary, info),
+        _section("Profile", profile.section(files.read_json(run / "profile.json"))),
         _events(records),
         _setup(info, base),
         _section("Config", f"<pre>{_e(config.rstrip())}</pre>") if config else "",
@@ -234,6 +238,7 @@ _LABELS = {
     "row_tokens": "tokens with padding",
     "efficiency": "packing efficiency",
     "units": "examples placed",
+    "compile_seconds": "compiling",
     "setup_seconds": "loading model and data",
     "seconds": "training time",
 }
@@ -297,7 +302,7 @@ def _speed(records: Sequence[Mapping], summary: Mapping | None, info: Mapping) -
         compiling = max(train[0]["seconds"] - typical, 0.0)
         rates = [r["rate"] for r in train[1:] if r.get("rate")]
         rows += [
-            ("first step, beyond a usual one (compiling)", f"{compiling:.3g} s"),
+            ("first step, beyond a usual one", f"{compiling:.3g} s"),
             ("a step", f"{typical:.3g} s"),
         ]
         if rates:
@@ -312,9 +317,21 @@ def _speed(records: Sequence[Mapping], summary: Mapping | None, info: Mapping) -
     more = {
         k: v
         for k, v in (summary or {}).items()
-        if k not in ("seconds", "peak_memory_bytes", "trained", "finished")
+        if k not in ("seconds", "peak_memory_bytes", "trained", "finished", "goodput", "time")
     }
-    return _section("Speed and memory", _columns(_facts("Training", rows), _facts("Outcome", _rows(more))))
+    cards = _facts("Training", rows), _facts("Outcome", _rows(more)), _facts("Wall time", _time(summary))
+    return _section("Speed and memory", _columns(*cards))
+
+
+def _time(summary: Mapping | None) -> list[tuple[str, str]]:
+    """Where the wall time went, and so the goodput (ftjax.report.goodput)."""
+    spent = (summary or {}).get("time") or {}
+    wall = sum(spent.values())
+    rows = [("goodput", f"{summary['goodput']:.1%} of {duration(wall)}")] if summary and spent else []
+    for name, seconds in spent.items():
+        said = duration(seconds) if seconds >= 60 else f"{seconds:.3g} s"
+        rows.append((goodput.NAMES[name], f"{said} ({seconds / wall:.1%})"))
+    return rows
 
 
 def _events(records: Sequence[Mapping]) -> str:

@@ -77,13 +77,16 @@ def test_resuming_and_hosts_do_not_change_the_batches(options):
         )
     hosts = [
         take(
-            Loader(data, options, batch_size=8, microbatches=2, seed=3, process_index=h, process_count=2),
+            Loader(data, options, batch_size=8, microbatches=2, seed=3, rows=rows),
             13,
             7,
         )
-        for h in range(2)
+        for rows in ([0, 3], [1, 2])  # a mesh may lay a host's devices anywhere
     ]
-    joined = [{k: np.concatenate([a[k], b[k]], axis=1) for k in a} for a, b in zip(*hosts, strict=True)]
+    joined = [
+        {k: np.stack([a[k][:, 0], b[k][:, 0], b[k][:, 1], a[k][:, 1]], axis=1) for k in a}
+        for a, b in zip(*hosts, strict=True)
+    ]
     assert same(joined, whole[7:])
     if options.shuffle:
         assert not same(take(Loader(data, options, batch_size=8, microbatches=2, seed=4), 20), whole)
@@ -189,10 +192,11 @@ def test_batches_that_do_not_divide():
         UserError, match="8 rows does not divide into 3 microbatches; microbatches may be 1, 2, 4, 8"
     ):
         Loader(data, PACKINGS[0], batch_size=8, microbatches=3)
+    streamed = DataOptions("nowhere.jsonl", streaming=True)
     with pytest.raises(UserError, match="on 2 hosts; microbatches may be 1, 2, 4"):
-        Loader(data, PACKINGS[0], batch_size=8, microbatches=8, process_count=2)
+        StreamLoader(streamed, None, batch_size=8, microbatches=8, process_count=2)
     with pytest.raises(UserError, match="multiple of the 3 hosts"):
-        Loader(data, PACKINGS[0], batch_size=8, microbatches=2, process_count=3)
+        StreamLoader(streamed, None, batch_size=8, microbatches=2, process_count=3)
 
 
 def test_stats_measure_the_efficiency():

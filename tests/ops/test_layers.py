@@ -319,3 +319,18 @@ def test_gated_products_of_large_values(f, name):
         grads = jax.grad(lambda g, u: jnp.sum(f(g, u)), (0, 1))(gate, up)
     np.testing.assert_allclose(got, ACTIVATIONS[name](gate) * up, rtol=1e-6)
     assert low.dtype == jnp.bfloat16 and all(np.isfinite(g).all() for g in grads)
+
+
+def test_gradients_keep_what_elementwise_functions_took_and_nothing_in_float32():
+    x, up, scale = jnp.ones((3, 8), jnp.bfloat16), jnp.ones((3, 8), jnp.bfloat16), jnp.ones(8, jnp.bfloat16)
+    functions = {
+        "rms_norm": lambda x: rms_norm(x, scale, 1e-5),
+        "rms_norm, offset": lambda x: rms_norm(x, scale, 1e-5, 1.0),
+        "layer_norm": lambda x: layer_norm(x, scale, scale, 1e-5),
+        "l2_norm": lambda x: l2_norm(x, 1e-5),
+        "gated": lambda x: gated("silu")(x, up),
+        "activation": activation("gelu"),
+    }
+    for name, f in functions.items():
+        kept = jax.tree.leaves(jax.eval_shape(lambda x, f=f: jax.vjp(f, x)[1], x))
+        assert all(k.dtype == jnp.bfloat16 for k in kept), name

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ftjax import lora
-from ftjax.ops import einsum, embed, product
+from ftjax.ops import einsum, einsums, embed, groupeds, product, target
 from ftjax.weights import LoraWeight, NoisyEmbedding
 
 pytestmark = pytest.mark.fast
@@ -101,3 +101,80 @@ def test_embedding_noise():
         assert piece.max() <= width and piece.max() > 0.97 * width
     np.testing.assert_array_equal(einsum("BTD,VD->BTV", x, noisy), einsum("BTD,VD->BTV", x, table))
     np.testing.assert_array_equal(embed(table, tokens, segments, jnp.bfloat16), 0)
+
+
+def products(f, *args):
+    """(shapes of the operands, dtype of the result) of every product in f's program and its gradient's."""
+    found = []
+
+    def look(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name in ("dot_general", "ragged_dot_general"):
+                found.append((*(v.aval.shape for v in eqn.invars[:2]), eqn.outvars[0].aval.dtype))
+            for inner in jax.core.jaxprs_in_params(eqn.params):
+                look(inner)
+
+    look(jax.make_jaxpr(f)(*args).jaxpr)
+    return found
+
+
+def qkv():
+    x = jnp.asarray(np.random.default_rng(0).normal(0, 1, (2, 3, 8)), jnp.float32)
+    eqns = ["BTD,DNH->BTNH", "BTD,DKH->BTKH", "BTD,DX->BTX"]
+    ws = [leaf((8, 4, 5), 1), leaf((8, 2, 5), 1, r=2), jnp.asarray(leaf((8, 6), 1).base)]
+    return eqns, x, ws
+
+
+@pytest.mark.parametrize("magnitude", [False, True], ids=["lora", "dora"])
+def test_several_weights_of_one_input_are_each_their_own(magnitude):
+    eqns, x, ws = qkv()
+    if magnitude:
+        ws[0] = ws[0].replace(m=1.0 + jnp.arange(20.0).reshape(4, 5))
+
+    def loss(x, ws, together):
+        ys = einsums(eqns, x, ws) if together else [einsum(e, x, w) for e, w in zip(eqns, ws, strict=True)]
+        return sum(jnp.sum(jnp.sin(y)) for y in ys)
+
+    with jax.numpy_dtype_promotion("strict"):
+        got, want = (jax.value_and_grad(loss, (0, 1))(x, ws, together) for together in (True, False))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
+
+
+def test_one_input_is_read_once_for_all_adapters_forward_and_backward():
+    eqns, x, ws = qkv()
+    loss = lambda x, ws: sum(jnp.sum(jnp.sin(y)) for y in einsums(eqns, x, ws))  # noqa: E731
+    # the factors side by side, of rank 3 + 2: x · [a, a'] forward and g · [a, a']ᵀ backward
+    assert sum((8, 5) in one[:2] for one in products(jax.grad(loss, (0, 1)), x, ws)) == 2
+    dropped = [ws[0].replace(rng=jax.random.key(0), dropout=0.5), ws[1]]
+    assert not any((8, 5) in one[:2] for one in products(lambda x: einsums(eqns[:2], x, dropped), x))
+
+
+def test_experts_of_one_input_are_each_their_own():
+    rng = np.random.default_rng(0)
+    rows, sizes = jnp.asarray(rng.normal(0, 1, (7, 8)), jnp.float32), jnp.array([3, 0, 4], jnp.int32)
+    ws = [jax.tree.map(lambda x: jnp.stack([x, 2 * x, 3 * x]), leaf((8, 6), 1)) for _ in range(2)]
+
+    def loss(rows, ws, together):
+        parts = [ws] if together else [[w] for w in ws]
+        return sum(jnp.sum(jnp.sin(y)) for part in parts for y in groupeds(rows, part, sizes))
+
+    got, want = (jax.value_and_grad(loss, (0, 1))(rows, ws, together) for together in (True, False))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
+
+
+@pytest.mark.parametrize("kind", target.KINDS)
+def test_accelerators_write_no_float32_activations(kind):
+    x = jnp.ones((2, 64, 32), jnp.bfloat16)
+    w = leaf((32, 48), 1)
+    w = w.replace(base=w.base.astype(jnp.bfloat16))
+
+    def loss(x, w):
+        return jnp.sum(einsum("BTD,DF->BTF", x, w).astype(jnp.float32))
+
+    with target.use(kind):
+        found = products(jax.grad(loss, (0, 1)), x, w)
+    wide = [one for one in found if one[0] == x.shape and one[1] == w.base.shape]
+    big = [out for left, right, out in found if 3 not in (*left, *right)]
+    assert wide and big
+    expected = {"cpu": {"float32"}, "tpu": {"float32", "bfloat16"}, "gpu": {"bfloat16"}}[kind]
+    assert {str(out) for out in big} == expected  # on TPU the base's sum with the adapter's is one fusion

@@ -123,13 +123,10 @@ def weights(dtype=jnp.float32):
     return {name: normal(*s, seed=i, dtype=dtype) * 0.4 for i, (name, s) in enumerate(shapes.items())}
 
 
-def mlp(w):
-    def fn(rows, sizes):
-        gate = grouped(rows, w["gate"], sizes, jnp.float32)
-        gate = (gate + expert_bias(w["bias"], sizes, rows.shape[0])).astype(rows.dtype)
-        return grouped(silu_times(gate, grouped(rows, w["up"], sizes)), w["down"], sizes)
-
-    return fn
+def mlp(w, rows, sizes):
+    gate = grouped(rows, w["gate"], sizes, jnp.float32)
+    gate = (gate + expert_bias(w["bias"], sizes, rows.shape[0])).astype(rows.dtype)
+    return grouped(silu_times(gate, grouped(rows, w["up"], sizes)), w["down"], sizes)
 
 
 def dense_mlp(x, chosen, weight, w, weigh_input=False):
@@ -150,7 +147,7 @@ def test_experts_and_gradients_against_a_dense_loop(weigh_input):
 
     @jax.jit
     def loss(x, weight, w):
-        return jnp.sum(jnp.sin(experts(x, chosen, weight, mlp(w), E, weigh_input)))
+        return jnp.sum(jnp.sin(experts(x, chosen, weight, mlp, w, E, weigh_input)))
 
     def dense(x, weight, w):
         return jnp.sum(jnp.sin(dense_mlp(x, chosen, weight, w, weigh_input)))
@@ -165,7 +162,7 @@ def test_experts_in_bfloat16():
     (chosen, weight), x, w = routed(), normal(X, D, seed=9), weights()
 
     def loss(x, w):
-        return jnp.sum(experts(x, chosen, weight, mlp(w), E).astype(jnp.float32) ** 2)
+        return jnp.sum(experts(x, chosen, weight, mlp, w, E).astype(jnp.float32) ** 2)
 
     want = jax.grad(loss, (0, 1))(x, w)
     with jax.numpy_dtype_promotion("strict"):
@@ -177,14 +174,15 @@ def test_experts_in_bfloat16():
 
 def test_padding_changes_no_other_token():
     (chosen, weight), x, w = routed(), normal(X, D, seed=9), weights()
-    alone = experts(x, chosen, weight, mlp(w), E)
+    alone = experts(x, chosen, weight, mlp, w, E)
     more, more_weight = routed(seed=3, X=40)
     for padding in (jnp.zeros_like(more_weight), more_weight):
         got = experts(
             jnp.concatenate([normal(40, D, seed=4) * 1e3, x]),
             jnp.concatenate([more, chosen]),
             jnp.concatenate([padding, weight]),
-            mlp(w),
+            mlp,
+            w,
             E,
         )
         np.testing.assert_allclose(got[40:], alone, rtol=1e-6, atol=1e-6)
@@ -287,12 +285,12 @@ def test_llama4_against_transformers():
         want = (module(tx)[0] - module.shared_expert(tx)).numpy()
     w = {n: jnp.asarray(p.detach().numpy()) for n, p in module.named_parameters()}
 
-    def fn(rows, sizes):
+    def fn(w, rows, sizes):
         gate, up = jnp.split(grouped(rows, w["experts.gate_up_proj"], sizes), 2, axis=1)
         return grouped(silu_times(gate, up), w["experts.down_proj"], sizes)
 
     chosen, weight = top_k_sigmoid(x @ w["router.weight"].T, 2)
-    got = experts(x, chosen, weight, fn, E, weigh_input=True)
+    got = experts(x, chosen, weight, fn, w, E, weigh_input=True)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
 
 
@@ -312,18 +310,18 @@ def test_expert_mlps_against_transformers(family):
     want = (want[0] if isinstance(want, tuple) else want).numpy().reshape(X, D)
     w = {n.split(".", 1)[1]: jnp.asarray(p.detach().numpy()) for n, p in module.named_parameters()}
 
-    def qwen(rows, sizes):
+    def qwen(w, rows, sizes):
         both = grouped(rows, w["gate_up_proj"].reshape(E, 2, F, D).transpose(0, 3, 1, 2), sizes)
         return grouped(silu_times(both[:, 0], both[:, 1]), w["down_proj"].transpose(0, 2, 1), sizes)
 
-    def gpt_oss(rows, sizes):
+    def gpt_oss(w, rows, sizes):
         both = grouped(rows, w["gate_up_proj"], sizes) + expert_bias(w["gate_up_proj_bias"], sizes, len(rows))
         gate, up = jnp.minimum(both[:, 0::2], 7.0), jnp.clip(both[:, 1::2], -7.0, 7.0)
         h = (up + 1) * gate * jax.nn.sigmoid(gate * 1.702)
         return grouped(h, w["down_proj"], sizes) + expert_bias(w["down_proj_bias"], sizes, len(rows))
 
     chosen, weight = top_k_softmax(x @ w["weight"].T + w.get("bias", 0.0), C, True)
-    got = experts(x, chosen, weight, gpt_oss if family == "gpt_oss" else qwen, E)
+    got = experts(x, chosen, weight, gpt_oss if family == "gpt_oss" else qwen, w, E)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
 
 
