@@ -1,0 +1,40 @@
+"""A step over a data set of any size: facts of each part, one decision over all, then each part once more.
+
+What can be decided row by row (filters of one row, masking, conversion) is only `apply`. What needs the
+whole (duplicates, splits, a selection) gathers small `facts` of each part, in parallel, makes one `decision`
+of them in one place, and applies it to each part, in parallel again. Both functions see one part at a time,
+so that an engine (ftjax.data.engine) may run them in processes or on a cluster with the same result.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from ftjax.data.record import Judged, Record
+
+
+class Step:
+    """One stage. A subclass is made of its frozen options, `Step(options)`, and is picklable."""
+
+    name: str = ""
+    """The verb, and the key in a recipe."""
+    version: int = 1
+    """Raised when the same input gives another result than before, so that old caches are not used."""
+    gathers: bool = False
+    """Whether `facts` and `decide` are wanted."""
+
+    def __init__(self, options: Any):
+        self.options = options
+
+    def facts(self, records: Iterable[Record]) -> Any:
+        """What the decision needs of one part; small beside the part, picklable."""
+
+    def decide(self, facts: Sequence[Any]) -> Any:
+        """The decision over the parts' facts, in the parts' order; picklable, and read by every part."""
+
+    def apply(self, records: Iterable[Record], decision: Any, part: int) -> Iterator[Judged]:
+        """What becomes of each record of part number `part`, in order; one record may become several."""
+        raise NotImplementedError
+
+    def summary(self, decision: Any) -> dict[str, Any]:
+        """What the report says of the decision, beside the counts of verdicts."""
+        return {}
