@@ -41,8 +41,8 @@ class Record:
     """The strings of a row that had no messages (prompt, completion or prompt, chosen, rejected), for
     tokenizers without a chat template."""
     meta: dict[str, Any] = field(default_factory=dict)
-    """Provenance and what steps found: source (a file), line, license, url, section, offset, group (rows that
-    must stay on one side of a split), cluster, score …"""
+    """Provenance and what steps found: source (the file that it first came from), line, license, url,
+    section, offset, group (rows that must stay on one side of a split), cluster, split, scores …"""
     where: str = ""
     """ "file:line" as it was read now; not saved."""
 
@@ -73,6 +73,10 @@ class Record:
         return Record(
             weight=values.pop("sample_weight", 1.0), raw=tuple(raw) if raw else None, where=where, **values
         )
+
+    def verdict(self, code: str, text: str, path: str = "", fix: str = "") -> "Verdict":
+        """A verdict on this record, with its place."""
+        return Verdict(code, text, path, self.meta.get("source", ""), self.meta.get("line", 0), fix)
 
     def prompt_text(self, system: bool = True) -> str:
         """What is asked, as text: every message that is not trained (its system prompts only if wanted)."""

@@ -7,9 +7,23 @@ so that an engine (ftjax.data.engine) may run them in processes or on a cluster 
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from ftjax.data.record import Judged, Record
+
+
+class Part(Protocol):
+    """A piece of a data set that one process reads at a time; picklable, and small itself."""
+
+    def key(self) -> str:
+        """A hash of its content and of how it is read: equal keys, equal records."""
+        ...
+
+    def judged(self) -> Iterator[Judged]:
+        """Its rows in order: a record, with what reading it had to say, or None with what is wrong with
+        it."""
+        ...
 
 
 class Step:
@@ -21,12 +35,19 @@ class Step:
     """Raised when the same input gives another result than before, so that old caches are not used."""
     gathers: bool = False
     """Whether `facts` and `decide` are wanted."""
+    folder: Path | None = None
+    """Where large facts may be left between `facts` and `apply`; set by the pipeline, on storage that every
+    worker sees."""
 
     def __init__(self, options: Any):
         self.options = options
 
-    def facts(self, records: Iterable[Record]) -> Any:
-        """What the decision needs of one part; small beside the part, picklable."""
+    def reads(self) -> Sequence[str | Path]:
+        """Files, other than the parts, whose content the result depends on."""
+        return ()
+
+    def facts(self, records: Iterable[Record], part: int) -> Any:
+        """What the decision needs of part number `part`; small beside the part, picklable."""
 
     def decide(self, facts: Sequence[Any]) -> Any:
         """The decision over the parts' facts, in the parts' order; picklable, and read by every part."""

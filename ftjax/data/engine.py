@@ -1,0 +1,99 @@
+"""Where the parts of a data set are worked on: in this process, in several, or on a Ray cluster.
+
+An engine is one thing, an ordered map: what it yields is in the order of the items, whoever was done first,
+so every engine gives the same result. What travels is small (a step, the name of a part, counts): the rows
+are read and written by the worker itself, on storage that all of them see.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, Protocol
+
+from ftjax.errors import UserError
+
+
+class Engine(Protocol):
+    def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        """function(item) of each item, in the items' order; what a call raises is raised here."""
+        ...
+
+
+class Here:
+    """One after another, in this process."""
+
+    def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        return map(function, items)
+
+
+class Processes:
+    """In `count` processes of this machine."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        # not forked: the parent may hold threads (JAX, tokenizers), which a fork would leave locked
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(self.count, max(1, len(items))), mp_context=context) as pool:
+            try:
+                yield from pool.map(function, items)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+class Ray:
+    """As Ray Data, on the cluster of `address` (RAY_ADDRESS), or on one started here.
+
+    Ray Data and not Beam or Spark: the functions are plain Python over files and arrays, and Ray runs them
+    as they are, without a JVM (Spark) and without a runner to be had first (Beam's own local one is for
+    tests); and it is what JAX users' clusters already run beside their accelerators.
+    """
+
+    def __init__(self, address: str | None = None, processes: int | None = None):
+        try:
+            import ray
+        except ImportError:
+            raise UserError("engine: ray is not installed: pip install 'ftjax[ray]'") from None
+        if not ray.is_initialized():
+            address = address or os.environ.get("RAY_ADDRESS")
+            ray.init(
+                address=address,
+                num_cpus=None if address else processes,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+
+    def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        import pickle
+
+        import ray
+
+        if not items:
+            return
+        ray.data.DataContext.get_current().execution_options.preserve_order = True
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        rows = [{"item": pickle.dumps(item)} for item in items]
+        made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+            lambda row: {"result": pickle.dumps(function(pickle.loads(row["item"])))}
+        )
+        for row in made.iter_rows():
+            yield pickle.loads(row["result"])
+
+
+ENGINES = ("local", "ray")
+
+
+def open_engine(name: str = "local", processes: int = 1) -> Engine:
+    """The engine of a name of ENGINES; `processes` at once on this machine (0: one for each of its cores)."""
+    if processes < 0:
+        raise UserError(f"processes={processes}: 0 (one a core) or more")
+    count = processes or os.cpu_count() or 1
+    if name == "ray":
+        return Ray(processes=count)
+    if name != "local":
+        raise UserError(f"engine: there is no {name!r}; there are {', '.join(ENGINES)}")
+    return Here() if count == 1 else Processes(count)
