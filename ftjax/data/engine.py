@@ -5,8 +5,11 @@ so every engine gives the same result. What travels is small (a step, the name o
 are read and written by the worker itself, on storage that all of them see.
 """
 
+import logging
 import multiprocessing
 import os
+import pickle
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, Protocol
@@ -59,29 +62,48 @@ class Ray:
             raise UserError("engine: ray is not installed: pip install 'ftjax[ray]'") from None
         if not ray.is_initialized():
             address = address or os.environ.get("RAY_ADDRESS")
+            # a cluster has ftjax installed; workers started here find what this process finds
+            here = {} if address else {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}}
             ray.init(
                 address=address,
                 num_cpus=None if address else processes,
+                runtime_env=here,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="ERROR",
             )
 
     def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-        import pickle
-
         import ray
 
         if not items:
             return
-        ray.data.DataContext.get_current().execution_options.preserve_order = True
-        ray.data.DataContext.get_current().enable_progress_bars = False
+        context = ray.data.DataContext.get_current()
+        context.execution_options.preserve_order = True
+        context.enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         rows = [{"item": pickle.dumps(item)} for item in items]
-        made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-            lambda row: {"result": pickle.dumps(function(pickle.loads(row["item"])))}
-        )
+        made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(_Called(function))
         for row in made.iter_rows():
-            yield pickle.loads(row["result"])
+            result = pickle.loads(row["result"])
+            if isinstance(result, Exception):
+                raise result
+            yield result
+
+
+class _Called:
+    """function(item) as a row of Ray Data's; what it raises travels as a result, so that the error is the
+    same as in any other engine."""
+
+    def __init__(self, function: Callable[[Any], Any]):
+        self.function = function
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        try:
+            result = self.function(pickle.loads(row["item"]))
+        except Exception as e:
+            result = e
+        return {"result": pickle.dumps(result)}
 
 
 ENGINES = ("local", "ray")

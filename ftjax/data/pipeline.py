@@ -101,7 +101,7 @@ def run(
     progress: Progress | None = None,
 ) -> Stage:
     """The step over the parts, in a folder of its own under `work`; what is there is not done again."""
-    engine = engine or Here()
+    engine = Here() if engine is None or step.alone else engine
     reads = [file_digest(path) for path in step.reads()]
     described = [step.name, step.version, repr(step.options), reads, [part.key() for part in parts]]
     folder = work / f"{step.name}-{hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]}"

@@ -35,6 +35,11 @@ class Step:
     """Raised when the same input gives another result than before, so that old caches are not used."""
     gathers: bool = False
     """Whether `facts` and `decide` are wanted."""
+    alone: bool = False
+    """Whether its parts are worked on one after another in the calling process, whatever the engine: it holds
+    a model, or the limits of an endpoint."""
+    Options: type
+    """The dataclass of its options, of which the command line and recipes are made."""
     folder: Path | None = None
     """Where large facts may be left between `facts` and `apply`; set by the pipeline, on storage that every
     worker sees."""
