@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 
-from ftjax.data.formats import to_example
+from ftjax.data.examples import to_record
 from ftjax.data.render import render
 
 EMOJI = "Héllo 👩‍👩‍👧 日本 e\u0301!"
@@ -16,7 +16,7 @@ def chat(*turns, **more):
     """Turns "user text" / "assistant text" by turns, or whole messages."""
     roles = itertools.cycle(["user", "assistant"])
     messages = [t if isinstance(t, dict) else {"role": next(roles), "content": t} for t in turns]
-    return to_example({"messages": messages, **more}, "chat", "f.jsonl:1")
+    return to_record({"messages": messages, **more}, "chat", "f.jsonl:1")
 
 
 def trained(tokenizer, document, weight=None):

@@ -15,15 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from ftjax.data.formats import (
-    PREFERENCE,
-    BadExample,
-    Example,
-    content_hash,
-    examples,
-    source_digest,
-)
+from ftjax.data import formats
+from ftjax.data.examples import BadExample, content_hash, examples
 from ftjax.data.options import DataOptions, DataSource
+from ftjax.data.read import Row, source_digest
+from ftjax.data.record import Record
 from ftjax.data.render import Rendered, Renderer, read_template
 from ftjax.errors import UserError
 
@@ -40,6 +36,7 @@ _ARRAYS = {
     "lines": np.int64,
     "hashes": np.uint64,
 }
+_LEFT_OUT = ("W116", "W117")
 _CHUNK = 256  # examples tokenised at once: enough to keep the tokenizer's threads busy
 
 
@@ -64,6 +61,12 @@ class Report:
     notes: dict[str, int] = field(default_factory=dict)
     """Things worth knowing, and how many documents each is true of."""
     cached: bool = False
+
+    def say(self, row: Row) -> None:
+        """Notes what reading the row left out of it."""
+        for verdict in row.said:
+            if verdict.code in _LEFT_OUT:
+                self.notes[verdict.text] = self.notes.get(verdict.text, 0) + 1
 
     def add(self, result: list[tuple[Rendered, ...]] | BadExample, on_bad: str) -> list[tuple[Rendered, ...]]:
         """Counts one example and gives its units; raises what is wrong with it unless `on_bad` is "drop"."""
@@ -288,17 +291,20 @@ def check_formats(options: DataOptions) -> None:
     ]
     if not for_chats and options.overlong != "split":
         return
-    found: set[str] = set()
+    found: dict[str, str] = {}  # format -> task
     for source in sources(options.train) + (sources(options.eval) if options.eval else []):
         seen: list[str] = []
-        next(examples(source, options.format, options.streaming, seen), None)
-        found.update(seen)
-    if for_chats and found == {"text"}:
+        _, first = next(examples(source, options.format, options.streaming, seen), (None, None))
+        for name in seen:
+            known = isinstance(first, Record)
+            found[name] = first.task if known else formats.FORMATS[name].tasks[0]
+    tasks = set(found.values())
+    if for_chats and tasks == {"lm"}:
         raise UserError(
             f"data.{', data.'.join(for_chats)}: no effect on plain text, which is what the data is (format "
             "text): it is not rendered as a chat, and all of it is trained on; leave the setting out"
         )
-    whole = found - PREFERENCE if options.train_on == "all" else found & {"text"}
+    whole = tasks - {"preference"} if options.train_on == "all" else tasks & {"lm"}
     if options.overlong == "split" and found and not whole:
         raise UserError(
             f"data.overlong: split cuts only plain text, and this data is {', '.join(sorted(found))}; set it "
@@ -378,7 +384,7 @@ def _write(
         files[name].write(array.tobytes())
         counts[name] += array.size
 
-    def flush(chunk: list[tuple[int, int, Example | BadExample]], done: float | None) -> None:
+    def flush(chunk: list[tuple[int, int, Record | BadExample]], done: float | None) -> None:
         nonlocal per_unit
         results = iter(renderer.units([e for _, _, e in chunk if not isinstance(e, BadExample)]))
         for line, digest, example in chunk:
@@ -395,9 +401,11 @@ def _write(
             progress(source.path, done, report.rows)
 
     try:
-        chunk: list[tuple[int, int, Example | BadExample]] = []
+        chunk: list[tuple[int, int, Record | BadExample]] = []
         done = None
         for row, example in examples(source, options.format, formats_seen=seen):
+            assert row.values is not None
+            report.say(row)
             chunk.append((row.line, content_hash(row.values), example))
             done = row.done
             if len(chunk) == _CHUNK:

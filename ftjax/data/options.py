@@ -38,8 +38,8 @@ class DataOptions:
     eval_fraction: float = 0.0
     """Share of the training data kept for evaluation, chosen by a hash of each example's content."""
     format: str | None = None
-    """Format of all sources that do not name their own: chat, sharegpt, prompt_completion, alpaca, text,
-    preference, openai_preference or hh; detected if absent."""
+    """Format of all sources that do not name their own, e.g. chat, sharegpt, prompt_completion, alpaca, text,
+    preference, openai_preference, hh or ftjax; detected if absent."""
     max_length: int = 2048
     """Tokens in a row, and the most that an example (for preference data: a pair) may have."""
     packing: Literal["best_fit", "first_fit", "none"] = "best_fit"

@@ -45,6 +45,8 @@ class Record:
     section, offset, group (rows that must stay on one side of a split), cluster, split, scores …"""
     where: str = ""
     """ "file:line" as it was read now; not saved."""
+    given: tuple[str, dict[str, Any]] | None = field(default=None, compare=False, repr=False)
+    """The format and the values of the row that it was read from now; not saved."""
 
     @property
     def id(self) -> str:
@@ -58,7 +60,7 @@ class Record:
         out: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name in ("where",) or value is None or value in ([], {}, ""):
+            if f.name in ("where", "given") or value is None or value in ([], {}, ""):
                 continue
             if f.name == "weight" and value == 1.0:
                 continue
@@ -141,3 +143,19 @@ class Judged:
     record: Record | None
     verdicts: list[Verdict] = field(default_factory=list)
     changed: bool = False
+
+
+class Findings(list[Verdict]):
+    """The verdicts on one row, as it is read or checked."""
+
+    def __init__(self, source: str = "", line: int = 0):
+        super().__init__()
+        self.source, self.line = source, line
+
+    def add(self, code: str, path: str, text: str, fix: str = "") -> None:
+        self.append(Verdict(code, text, path, self.source, self.line, fix))
+
+    @property
+    def error(self) -> Verdict | None:
+        """The first that is an error."""
+        return next((v for v in self if v.severity == "error"), None)

@@ -27,11 +27,12 @@ from typing import Any, Literal
 import jinja2
 import numpy as np
 
-from ftjax.data.formats import BadExample, Example
+from ftjax.data.examples import BadExample
+from ftjax.data.record import Record
 from ftjax.data.template import ChatTemplate, free_plane, unmark
 from ftjax.errors import UserError
 
-RENDERER_VERSION = 1  # part of the cache's key: raise it with any change to the tokens or weights made here
+RENDERER_VERSION = 2  # part of the cache's key: raise it with any change to the tokens or weights made here
 
 _THINK = re.compile(r"(</?think>)")
 
@@ -70,6 +71,8 @@ class _Draft:
     prefix: list[int] = field(default_factory=list)
     suffix: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    weight: float = 1.0
+    """Of the whole example."""
 
 
 class Renderer:
@@ -146,7 +149,7 @@ class Renderer:
 
     # ── what callers use ──────────────────────────────────────────────────────────────────────────
 
-    def units(self, batch: list[Example]) -> list[list[tuple[Rendered, ...]] | BadExample]:
+    def units(self, batch: list[Record]) -> list[list[tuple[Rendered, ...]] | BadExample]:
         """Each example's units, or what is wrong with it.
 
         A unit is what stays together in one row: one document, or a pair (chosen, rejected). An example is
@@ -155,9 +158,13 @@ class Renderer:
         drafts: list[tuple[_Draft, ...] | BadExample] = []
         for example in batch:
             try:
-                drafts.append(self._drafts(example))
+                made = self._drafts(example)
             except BadExample as e:
                 drafts.append(e)
+                continue
+            for draft in made:
+                draft.weight = example.weight
+            drafts.append(made)
         texts = [d.text for ds in drafts if not isinstance(ds, BadExample) for d in ds]
         encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
         out: list[list[tuple[Rendered, ...]] | BadExample] = []
@@ -173,13 +180,13 @@ class Renderer:
                 out.append(e)
         return out
 
-    def render(self, example: Example) -> Rendered:
+    def render(self, example: Record) -> Rendered:
         """The example as one document; raises BadExample."""
         (documents,) = self._only(example)
         (document,) = documents
         return document
 
-    def render_pair(self, example: Example) -> tuple[Rendered, Rendered]:
+    def render_pair(self, example: Record) -> tuple[Rendered, Rendered]:
         """A preference example as (chosen, rejected), the shared prompt untrained in both; raises
         BadExample."""
         (documents,) = self._only(example)
@@ -192,7 +199,7 @@ class Renderer:
             raise self._no_template("the conversation")
         return self._ids(self.template(_for_template(messages), tools, add_generation_prompt=True))
 
-    def _only(self, example: Example) -> list[tuple[Rendered, ...]]:
+    def _only(self, example: Record) -> list[tuple[Rendered, ...]]:
         (result,) = self.units([example])
         if isinstance(result, BadExample):
             raise result
@@ -200,8 +207,8 @@ class Renderer:
 
     # ── drafts: text and spans ────────────────────────────────────────────────────────────────────
 
-    def _drafts(self, example: Example) -> tuple[_Draft, ...]:
-        if example.kind == "text":
+    def _drafts(self, example: Record) -> tuple[_Draft, ...]:
+        if example.task == "lm":
             self._refuse_control(example.text, "text", example.where)
             whole = _Span(0, len(example.text), 1.0, "given")
             return (
@@ -209,14 +216,14 @@ class Renderer:
             )
         if self.template is None:
             return self._raw(example)
-        if example.kind == "preference":
+        if example.task == "preference":
             return tuple(
                 self._chat(replace(example, messages=example.messages + part))
                 for part in (example.chosen, example.rejected)
             )
         return (self._chat(example),)
 
-    def _raw(self, example: Example) -> tuple[_Draft, ...]:
+    def _raw(self, example: Record) -> tuple[_Draft, ...]:
         """Prompt and completion joined as they are, for a tokenizer without a chat template."""
         if example.raw is None:
             raise self._no_template(example.where)
@@ -232,7 +239,7 @@ class Renderer:
             drafts.append(draft)
         return tuple(drafts)
 
-    def _chat(self, example: Example) -> _Draft:
+    def _chat(self, example: Record) -> _Draft:
         messages, where = example.messages, example.where
         for i, message in enumerate(messages):
             for name in ("content", "reasoning_content"):
@@ -431,7 +438,7 @@ class Renderer:
         if self.template is None:
             return stops
         try:
-            draft = self._chat(Example("", "chat", _PROBE))
+            draft = self._chat(Record("sft", _PROBE))
             document = self._finish(draft, self._backend.encode(draft.text, add_special_tokens=False))
         except (BadExample, UserError):
             return stops
@@ -457,6 +464,7 @@ class Renderer:
         tokens = np.array(draft.prefix + ids + draft.suffix, np.int32)
         ones = np.ones(len(draft.suffix), np.float32)
         weight = np.concatenate([np.zeros(len(draft.prefix), np.float32), weight, ones])
+        weight *= np.float32(draft.weight)
         if len(tokens) > 1 and self.bos is not None and tokens[0] == tokens[1] == self.bos:
             raise BadExample(
                 "doubled_bos",
@@ -553,7 +561,7 @@ class Renderer:
             raise BadExample("control_token", where, f"{name} has the control token {found[0]!r} in its text")
 
 
-def render(example: Example, tokenizer, **options) -> Rendered:
+def render(example: Record, tokenizer, **options) -> Rendered:
     """The example's tokens and loss weights; for more than a few make one Renderer. Raises BadExample."""
     return Renderer(tokenizer, **options).render(example)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ftjax.data.dataset import Report, check, effective_on_bad, make_renderer, sources
-from ftjax.data.formats import BadExample, examples
+from ftjax.data.examples import BadExample, examples
 from ftjax.data.loader import check_batch, fill_row
 from ftjax.data.options import DataOptions, DataSource
 from ftjax.data.render import Rendered, Renderer
@@ -189,6 +189,7 @@ class StreamLoader:
         def passed():
             for number, (row, example) in enumerate(examples(source, self.options.format, True, seen)):
                 if number % self._hosts == self._host:
+                    report.say(row)
                     chunk.append((example, f"{source.path}:{row.line}"))
                 if len(chunk) == _CHUNK:
                     yield from rendered()

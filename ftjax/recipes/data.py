@@ -55,7 +55,7 @@ def show(source: DataSource, options: DataOptions, model: str, count: int) -> No
     from rich.text import Text
 
     from ftjax.data.dataset import Report, make_renderer
-    from ftjax.data.formats import BadExample, examples
+    from ftjax.data.examples import BadExample, examples
 
     console = Console(highlight=False, soft_wrap=True)
     tokenizer = _tokenizer(model)
@@ -80,7 +80,8 @@ def show(source: DataSource, options: DataOptions, model: str, count: int) -> No
                         )
         chunk.clear()
 
-    for _, example in examples(source, options.format, formats_seen=seen):
+    for row, example in examples(source, options.format, formats_seen=seen):
+        report.say(row)
         chunk.append(example)
         if len(chunk) >= (count if report.rows == 0 and count else 256):
             flush()

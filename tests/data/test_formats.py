@@ -3,8 +3,10 @@ import json
 
 import pytest
 
-from ftjax.data.formats import BadExample, content_hash, detect, examples, rows, to_example
+from ftjax.data.examples import BadExample, content_hash, examples, to_record
+from ftjax.data.formats import detect
 from ftjax.data.options import DataSource
+from ftjax.data.read import rows
 from ftjax.errors import UserError
 
 pytestmark = pytest.mark.fast
@@ -116,8 +118,8 @@ def test_file_errors_name_file_and_line(tmp_path, write):
 
 
 def test_unknown_and_mixed_formats(write):
-    message = fails(write([{"question": "a", "answer": "b"}]))
-    assert "data.jsonl:1: unknown format, with the keys answer, question" in message and "columns" in message
+    message = fails(write([{"ask": "a", "reply": "b"}]))
+    assert "data.jsonl:1: unknown format, with the keys ask, reply" in message and "columns" in message
     message = fails(write([CHAT, CHAT, {"text": "a"}]))
     assert "data.jsonl:3: mixed formats: this row is text" in message and "began as chat" in message
     assert "did you mean 'alpaca'" in fails(write([CHAT]), format="alpacca")
@@ -145,7 +147,7 @@ def test_unknown_and_mixed_formats(write):
 )
 def test_bad_messages(messages, reason, says):
     with pytest.raises(BadExample, match="^f.jsonl:7: ") as e:
-        to_example({"messages": messages}, "chat", "f.jsonl:7")
+        to_record({"messages": messages}, "chat", "f.jsonl:7")
     assert e.value.reason == reason and says in str(e.value)
 
 
@@ -158,7 +160,7 @@ def test_messages_come_in_one_form():
         ],
         "tools": '[{"type": "function"}]',
     }
-    example = to_example(row, "chat", "f:1")
+    example = to_record(row, "chat", "f:1")
     user, answer = example.messages
     assert user["content"] == "ab" and example.tools == [{"type": "function"}]
     assert list(answer["tool_calls"][0]["function"]["arguments"]) == ["z", "a"]
@@ -183,19 +185,19 @@ def test_preference_rows_share_their_prompt():
     ]
     for row, name in rows_:
         assert detect(row, "") == name
-        example = to_example(row, name, "f:1")
+        example = to_record(row, name, "f:1")
         assert [m["content"] for m in example.messages] == ["q"]
         assert [m["content"] for m in example.chosen + example.rejected] == ["good", "bad"]
 
 
 def test_hh_dialogues_of_several_turns():
     chosen = "\n\nHuman: a\n\nmore\n\nAssistant: b\n\nHuman: c\n\nAssistant: d"
-    example = to_example({"chosen": chosen, "rejected": chosen[:-1] + "e"}, "hh", "f:1")
+    example = to_record({"chosen": chosen, "rejected": chosen[:-1] + "e"}, "hh", "f:1")
     assert [(m["role"], m["content"]) for m in example.messages] == [
         ("user", "a\n\nmore"), ("assistant", "b"), ("user", "c")]  # fmt: skip
     assert example.messages[1]["weight"] == 0  # context
     with pytest.raises(BadExample, match="the same"):
-        to_example({"chosen": chosen, "rejected": chosen}, "hh", "f:1")
+        to_record({"chosen": chosen, "rejected": chosen}, "hh", "f:1")
 
 
 def test_arrow_nulls_do_not_reach_arguments(tmp_path):
@@ -217,6 +219,36 @@ def test_rows_labelled_good_or_bad_are_not_taken_for_good(write):
     assert "data.jsonl:1: the key `label`" in fails(write([{**CHAT, "label": False}]))
     assert read(write([{**CHAT, "label": False}]), format="chat")
     assert read(write([{**CHAT, "label": "greeting"}]))
+
+
+@pytest.mark.parametrize(
+    "row, says",
+    [
+        ({"prompt": "q"}, "data.jsonl:1: this row is prompt_only"),
+        ({"prompt": "q", "completions": ["a"], "labels": [True]}, "data.jsonl:1: this row is stepwise"),
+        ({"instruction": "q", "output": "a", "kto_tag": True}, "data.jsonl:1: this row is unpaired"),
+        ({"task": "prompt_only", "messages": [{"role": "user", "content": "q"}]}, "is prompt_only"),
+    ],
+)
+def test_rows_that_ask_for_other_training_are_refused(write, row, says):
+    assert says in fails(write([row]))
+
+
+def test_canonical_rows_are_examples(write):
+    (example,) = read(write([{"task": "sft", **CHAT, "sample_weight": 2, "meta": {"license": "MIT"}}]))
+    assert (example.task, example.weight, example.meta) == ("sft", 2.0, {"license": "MIT"})
+    pair = {"task": "preference", "messages": CHAT["messages"][:1], "chosen": CHAT["messages"][1:],
+            "rejected": [{"role": "assistant", "content": "No"}]}  # fmt: skip
+    assert [e.task for e in read(write([pair, pair]))] == ["preference"] * 2
+    assert "pairs can't be mixed" in fails(write([{"task": "sft", **CHAT}, pair]))
+
+
+def test_images_are_kept_and_not_trained(write):
+    shown = {"type": "image_url", "image_url": {"url": "https://e.org/a.png"}}
+    user = {"role": "user", "content": [{"type": "text", "text": "what?"}, shown]}
+    assert "messages[0].content has a part of type 'image_url'; only text can be trained" in fails(
+        write([{"messages": [user, CHAT["messages"][1]]}])
+    )
 
 
 def test_content_hash_is_fixed():

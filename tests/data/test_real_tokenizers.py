@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rendering import CALL, EMOJI, chat, check, trained
 
-from ftjax.data.formats import BadExample, examples, to_example
+from ftjax.data.examples import BadExample, examples, to_record
 from ftjax.data.options import DataSource
 from ftjax.data.render import Renderer, render
 
@@ -20,7 +20,7 @@ def test_llama3(real_tokenizer):
     assert Renderer(tokenizer).stop_tokens == {tokenizer.eos_token_id}
     (bad,) = Renderer(tokenizer).units([chat("Hi", CALL)])  # its template has no tool calls
     assert isinstance(bad, BadExample) and "does not show the tool calls" in str(bad)
-    text = render(to_example({"text": "Hi"}, "text", "f:1"), tokenizer)
+    text = render(to_record({"text": "Hi"}, "text", "f:1"), tokenizer)
     assert tokenizer.decode(text.tokens) == "<|begin_of_text|>Hi<|eot_id|>"
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rendering import CALL, EMOJI, chat, check, trained
 
-from ftjax.data.formats import BadExample, to_example
+from ftjax.data.examples import BadExample, to_record
 from ftjax.data.render import Renderer, read_template, render
 from ftjax.errors import UserError
 
@@ -95,7 +95,7 @@ def test_any_text_is_trained_whole(tiny, turns):
 @fast
 def test_a_token_over_the_beginning_is_not_trained(tiny):
     """A server would have tokenised the prompt's part of it by itself, so such a token can't be learned."""
-    example = to_example({"prompt": "The pri", "completion": "nter"}, "prompt_completion", "f:1")
+    example = to_record({"prompt": "The pri", "completion": "nter"}, "prompt_completion", "f:1")
     document = render(example, tiny, chat_template="none")
     whole = tiny("The printer", add_special_tokens=False)["input_ids"]
     assert document.tokens.tolist() == whole + [tiny.eos_token_id]
@@ -113,12 +113,23 @@ def test_dates_are_fixed(tiny):
 
 
 @fast
+def test_the_weight_of_an_example_multiplies(tiny):
+    row = {"task": "sft", "sample_weight": 0.25, "messages": [
+        {"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 2},
+        {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}  # fmt: skip
+    document = render(to_record(row, "ftjax", "f:1"), tiny)
+    assert sorted({float(w) for w in document.loss_weight}) == [0, 0.25, 0.5]
+    text = render(to_record({"task": "lm", "text": "Hi", "sample_weight": 3}, "ftjax", "f:1"), tiny)
+    assert set(text.loss_weight[1:].tolist()) == {3.0}
+
+
+@fast
 def test_plain_text_and_pairs_without_template(tiny):
-    document = render(to_example({"text": "Hello there"}, "text", "f:1"), tiny)
+    document = render(to_record({"text": "Hello there"}, "text", "f:1"), tiny)
     assert tiny.decode(document.tokens) == "Hello there<|im_end|>"
     assert document.loss_weight.tolist() == [0] + [1] * (len(document.tokens) - 1)
     renderer = Renderer(tiny, chat_template="none")
-    pair = to_example({"prompt": "2 + 2 = ", "chosen": "4", "rejected": "5"}, "preference", "f:1")
+    pair = to_record({"prompt": "2 + 2 = ", "chosen": "4", "rejected": "5"}, "preference", "f:1")
     assert [trained(tiny, d) for d in renderer.render_pair(pair)] == [["4<|im_end|>"], ["5<|im_end|>"]]
 
 
@@ -128,7 +139,7 @@ def test_prompt_completion_and_alpaca_become_chats(tiny):
         ({"prompt": "q", "response": "a"}, "prompt_completion"),
         ({"instruction": "q", "output": "a"}, "alpaca"),
     ]:
-        document = render(to_example(row, name, "f:1"), tiny)
+        document = render(to_record(row, name, "f:1"), tiny)
         assert tiny.decode(document.tokens) == (
             "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
         )
@@ -138,7 +149,7 @@ def test_prompt_completion_and_alpaca_become_chats(tiny):
 @fast
 def test_preference_trains_only_the_answers(tiny, template):
     messages = chat("a", "b", "c").messages
-    pair = to_example({"prompt": messages, "chosen": "good", "rejected": "bad"}, "preference", "f:1")
+    pair = to_record({"prompt": messages, "chosen": "good", "rejected": "bad"}, "preference", "f:1")
     chosen, rejected = Renderer(tiny, **template).render_pair(pair)
     assert trained(tiny, chosen) == ["good<|im_end|>"] and trained(tiny, rejected) == ["bad<|im_end|>"]
 
@@ -209,7 +220,7 @@ def test_overlong(tiny):
 
 @fast
 def test_split_text_trains_every_token_once(tiny):
-    example = to_example({"text": "Once upon a time there was a small model. " * 20}, "text", "f:1")
+    example = to_record({"text": "Once upon a time there was a small model. " * 20}, "text", "f:1")
     whole = render(example, tiny)
     windows = [d for (d,) in Renderer(tiny, max_length=32, overlong="split").units([example])[0]]
     assert all(len(w.tokens) <= 32 for w in windows) and len(windows) > 5
@@ -219,7 +230,7 @@ def test_split_text_trains_every_token_once(tiny):
 
 @fast
 def test_pairs_are_cut_together(tiny):
-    pair = to_example({"prompt": "q", "chosen": "good " * 30, "rejected": "bad"}, "preference", "f:1")
+    pair = to_record({"prompt": "q", "chosen": "good " * 30, "rejected": "bad"}, "preference", "f:1")
     whole = Renderer(tiny).render_pair(pair)
     limit = len(whole[1].tokens) + 40
     (cut,) = Renderer(tiny, max_length=limit, overlong="truncate").units([pair])[0]
@@ -237,7 +248,7 @@ def test_settings_errors(tiny, tmp_path, monkeypatch):
         render(chat("a", "b"), tiny)
     with pytest.raises(UserError, match="data.chat_template"):
         Renderer(tiny).prompt([{"role": "user", "content": "a"}])
-    joined = render(to_example({"prompt": "a ", "completion": "b"}, "prompt_completion", "f:1"), tiny)
+    joined = render(to_record({"prompt": "a ", "completion": "b"}, "prompt_completion", "f:1"), tiny)
     assert tiny.decode(joined.tokens) == "a b<|im_end|>" and "joined as they are" in joined.notes[0]
 
 

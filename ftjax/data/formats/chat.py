@@ -1,0 +1,36 @@
+"""Rows with `messages` as Hugging Face's templates and TRL take them: arguments are objects."""
+
+from typing import Any
+
+from ftjax.data.formats.format import Format, Written
+from ftjax.data.formats.messages import conversation, has_answer, rest, tools_of
+from ftjax.data.record import Findings, Record
+
+KNOWN = ("messages", "tools", "functions")
+
+
+def read(values: dict[str, Any], found: Findings) -> Record:
+    messages = conversation(values["messages"], found)
+    has_answer(messages, found)
+    return Record("sft", messages, tools=tools_of(values, found), meta=rest(values, KNOWN))
+
+
+def lost(record: Record, weight: bool = False, raw: bool = False) -> list[str]:
+    """What a row without a place for it loses of the record as a whole."""
+    losses = ["meta"] if record.meta else []
+    if record.weight != 1 and not weight:
+        losses.append("example weight")
+    if record.raw and not raw:
+        losses.append("raw")
+    return losses
+
+
+def with_tools(row: dict[str, Any], record: Record) -> dict[str, Any]:
+    return {**row, "tools": record.tools} if record.tools else row
+
+
+def _write(record: Record) -> Written:
+    return Written([with_tools({"messages": record.messages}, record)], lost(record))
+
+
+CHAT = Format("chat", "messages: a list of {role, content}", ("sft",), ("messages",), read, _write)
