@@ -26,7 +26,9 @@ _NAVIGATION = re.compile(
     r"search|share|social|cookies?|adverts?|newsletter|promo|edit-?page)(?=[\s_-]|$)",
     re.I,
 )
-_SKIPPED = frozenset(("-comment", "head", "title", "meta", "link", "base", "col", "colgroup", "area", "map", "source"))
+_SKIPPED = frozenset(
+    ("-comment", "head", "title", "meta", "link", "base", "col", "colgroup", "area", "map", "source")
+)
 _BLOCKS = frozenset(
     "html body main article section div p pre ul ol li dl dt dd table thead tbody tfoot tr td th caption "
     "h1 h2 h3 h4 h5 h6 blockquote hr figure figcaption details summary header footer aside address center "
@@ -34,9 +36,28 @@ _BLOCKS = frozenset(
 )
 _INDENTING = frozenset(("ul", "ol", "menu", "dl", "blockquote"))
 _CODE = frozenset(("code", "tt", "kbd", "samp"))
-_MARKED = {"em": "*", "i": "*", "cite": "*", "var": "*", "dfn": "*", "strong": "**", "b": "**", "s": "~~", "del": "~~"}
-_LANGUAGES = {"python3": "python", "pycon3": "pycon", "ipython3": "python", "default": "", "none": "", "text": ""}
-_LANGUAGE = re.compile(r"(?:^|\s)(?:highlight-source-|highlight-|language-|lang-|brush:\s*|sourceCode\s+)([\w+#.-]+)")
+_MARKED = {
+    "em": "*",
+    "i": "*",
+    "cite": "*",
+    "var": "*",
+    "dfn": "*",
+    "strong": "**",
+    "b": "**",
+    "s": "~~",
+    "del": "~~",
+}
+_LANGUAGES = {
+    "python3": "python",
+    "pycon3": "pycon",
+    "ipython3": "python",
+    "default": "",
+    "none": "",
+    "text": "",
+}
+_LANGUAGE = re.compile(
+    r"(?:^|\s)(?:highlight-source-|highlight-|language-|lang-|brush:\s*|sourceCode\s+)([\w+#.-]+)"
+)
 _BREAK = "\ue000"  # a <br>, while white space is collapsed
 _WHITE = re.compile(r"[ \t\r\n\f\xa0]+")
 _LOOKS_LIKE_MARKDOWN = re.compile(r"^(#{1,6}\s|```|~~~)", re.M)
@@ -59,7 +80,9 @@ def read(data: bytes | str, url: str = "", links: bool = False) -> Document:
     if not written:
         raise Unreadable("X002", "no text in the page's main content")
     if written and linked > 0.75 * written and not any(_prose(p) for p in main.css("p,li,td,dd")):
-        raise Unreadable("X008", f"{linked / written:.0%} of its text are links: an index, nothing to learn from")
+        raise Unreadable(
+            "X008", f"{linked / written:.0%} of its text are links: an index, nothing to learn from"
+        )
     renderer = _Renderer(url, links)
     renderer.flow(main)
     document = renderer.document(title)
@@ -93,7 +116,9 @@ def _parse(data: bytes | str) -> Any:
     try:
         from selectolax.lexbor import LexborHTMLParser
     except ImportError:
-        raise UserError("HTML is read by selectolax, which is not installed: pip install 'ftjax[data]'") from None
+        raise UserError(
+            "HTML is read by selectolax, which is not installed: pip install 'ftjax[data]'"
+        ) from None
     return LexborHTMLParser(data)
 
 
@@ -142,7 +167,12 @@ def _drop_navigation(node: Any, certain: bool) -> None:
             continue
         share = sum(len(a.text(strip=True)) for a in found) / text
         inward = share > 0.8 and all((a.attributes.get("href") or "").startswith("#") for a in found)
-        small = called and not certain and text < min(300, whole / 4) and block.css_first("pre,p,h1,h2,h3") is None
+        small = (
+            called
+            and not certain
+            and text < min(300, whole / 4)
+            and block.css_first("pre,p,h1,h2,h3") is None
+        )
         if (called and share > 0.5 and len(found) > 1) or (inward and text < whole / 2) or small:
             if block.css_first("h1") is None:
                 block.decompose()
@@ -254,7 +284,9 @@ class _Renderer(Writer):
         number = int(node.attributes.get("start") or 1) if _is_int(node.attributes.get("start") or "1") else 1
         before = self.indent, self.tight, self.bullet
         items = [child for child in node.iter() if child.tag == "li"]
-        tight = all(sum(c.tag in _BLOCKS and c.tag not in ("ul", "ol") for c in li.iter()) < 2 for li in items)
+        tight = all(
+            sum(c.tag in _BLOCKS and c.tag not in ("ul", "ol") for c in li.iter()) < 2 for li in items
+        )
         first = True
         for child in node.iter():
             if child.tag != "li":  # a list in a list, without its item
@@ -291,7 +323,9 @@ class _Renderer(Writer):
         if any(map(_is_signature, groups[0][0] if groups else [])) and not self.indent:
             self.signatures(groups)
             return
-        notes = "footnote" in (node.attributes.get("class") or "") or "citation" in (node.attributes.get("class") or "")
+        notes = "footnote" in (node.attributes.get("class") or "") or "citation" in (
+            node.attributes.get("class") or ""
+        )
         before, tight = self.indent, self.tight
         for terms, body in groups:
             if notes:
@@ -333,7 +367,11 @@ class _Renderer(Writer):
         grid = [cells for cells in grid if cells]
         caption = node.css_first("caption")
         width = max((len(cells) for cells in grid), default=0)
-        layout = width < 2 or len(grid) < 2 or node.css_first("td table,th table,pre,h1,h2,h3,h4,dl,blockquote") is not None
+        layout = (
+            width < 2
+            or len(grid) < 2
+            or node.css_first("td table,th table,pre,h1,h2,h3,h4,dl,blockquote") is not None
+        )
         if not layout and node.css_first("th") is None:
             layout = any(len(cell.text()) > 600 for cells in grid for cell in cells)
         if caption is not None and _table_of(caption).mem_id == node.mem_id:
@@ -380,7 +418,9 @@ class _Renderer(Writer):
             return _quoted(node.text())
         if tag == "img":
             alt = (node.attributes.get("alt") or "").strip()
-            linked = node.parent is not None and node.parent.tag == "a"  # logos and buttons, unless they say more
+            linked = (
+                node.parent is not None and node.parent.tag == "a"
+            )  # logos and buttons, unless they say more
             return f"[image: {alt}]" if len(alt) > (20 if linked else 2) else ""
         if tag == "math":
             tex = node.css_first("annotation[encoding='application/x-tex']")
@@ -394,7 +434,9 @@ class _Renderer(Writer):
             return self._link(node, text)
         if tag == "sup":
             inner = text.strip()
-            return f"^{inner}" if inner and not inner.startswith("[") and node.css_first("a") is None else text
+            return (
+                f"^{inner}" if inner and not inner.startswith("[") and node.css_first("a") is None else text
+            )
         if tag == "q":
             return f'"{text.strip()}"'
         return text

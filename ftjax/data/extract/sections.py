@@ -134,7 +134,9 @@ def _pieces(text: str, span: Span, fences: list[Fence], most: int) -> Iterator[t
             yield piece.start, piece.end
 
 
-def _cut(text: str, start: int, end: int, fences: list[Fence], most: int, how: int) -> Iterator[tuple[int, int]]:
+def _cut(
+    text: str, start: int, end: int, fences: list[Fence], most: int, how: int
+) -> Iterator[tuple[int, int]]:
     """Pieces of at most `most` tokens, about equal: between blocks, else lines, else sentences, else anywhere."""
     units = [(a, b, tokens_estimate(text[a:b])) for a, b in _units(text, start, end, fences, how, most)]
     total = sum(unit[2] for unit in units)
@@ -153,7 +155,9 @@ def _cut(text: str, start: int, end: int, fences: list[Fence], most: int, how: i
         yield begun, end
 
 
-def _units(text: str, start: int, end: int, fences: list[Fence], how: int, most: int) -> Iterator[tuple[int, int]]:
+def _units(
+    text: str, start: int, end: int, fences: list[Fence], how: int, most: int
+) -> Iterator[tuple[int, int]]:
     """What is kept in one piece. how = 0: paragraphs with the code or list that they lead to, 1: blocks,
     2: lines, code blocks whole, 3: lines, 4: sentences, 5: a few characters."""
     if how == 5:  # a character is one token at most

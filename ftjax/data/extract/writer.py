@@ -64,4 +64,6 @@ class Writer:
     def document(self, title: str) -> Document:
         """All of it; the only heading of level 1, if there is one, is a better title than `title`."""
         tops = [mark.title for mark in self.marks if mark.level == 1 and mark.title]
-        return Document("".join(self.out) + "\n", tops[0] if len(tops) == 1 and tops[0] else title, self.marks)
+        return Document(
+            "".join(self.out) + "\n", tops[0] if len(tops) == 1 and tops[0] else title, self.marks
+        )
