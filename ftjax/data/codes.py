@@ -73,10 +73,10 @@ CODES: dict[str, Code] = {
     "W119": Code("no_space_at_joint", "warning", "begin the completion with a space or a new line"),
     # ── extraction ──
     "X001": Code("unreadable", "error", "look whether the file is whole, or save it in another format"),
-    "X002": Code("no_text", "warning", "a page written by a script needs a browser: try knowledgesdk:ADDRESS"),
+    "X002": Code("no_text", "warning", "written by a script, it needs a browser: try knowledgesdk:ADDRESS"),
     "X003": Code("same_document", "note", "the first one is kept; nothing to do"),
     "X004": Code("format_not_read", "note", "save it as HTML, Markdown, PDF, DOCX, RST, .ipynb or .txt"),
-    "X005": Code("robots_refused", "warning", "ask the site's owner; your own site's robots.txt can allow it"),
+    "X005": Code("robots_refused", "warning", "ask the site's owner, or allow it in your robots.txt"),
     "X006": Code("not_fetched", "error", "look at the address in a browser; run again later"),
     "X007": Code("scanned", "error", "recognise its text first (OCR), e.g. by ocrmypdf"),
     "X008": Code("only_links", "note", "an index or a list of links; nothing to do"),

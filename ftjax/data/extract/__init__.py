@@ -1,4 +1,4 @@
-"""From documents to sections: clean Markdown cut at headings, code verbatim, each with where it comes from."""
+"""From documents to sections: clean Markdown cut at headings, code verbatim, each with its origin."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -95,7 +95,9 @@ def _result(place: Place, options: ExtractOptions) -> _Result:
     try:
         document = read(Path(place.path).read_bytes(), place.kind, place.charset, place.url, options)
     except Unreadable as e:
-        return _Result(place.name, b"", [Judged(None, [Verdict(e.code, e.text, source=place.name, fix=e.fix)])])
+        return _Result(
+            place.name, b"", [Judged(None, [Verdict(e.code, e.text, source=place.name, fix=e.fix)])]
+        )
     except OSError as e:
         said = e.strerror or str(e)
         return _Result(place.name, b"", [Judged(None, [Verdict("X001", said, source=place.name)])])
@@ -111,7 +113,9 @@ def _result(place: Place, options: ExtractOptions) -> _Result:
     judged = list(sections(document, place.name, options.max_tokens, options.min_tokens))
     said = [replace(verdict, source=place.name) for verdict in document.verdicts]
     judged[0].verdicts[:0] = said
-    return _Result(place.name, hashlib.sha256(document.text.encode("utf-8", "surrogatepass")).digest(), judged)
+    return _Result(
+        place.name, hashlib.sha256(document.text.encode("utf-8", "surrogatepass")).digest(), judged
+    )
 
 
 def read(
@@ -137,6 +141,8 @@ def read(
             assert kind == "text", kind
             document = text.read_plain(characters)
         document.verdicts += said
-    if not any(line.strip() and (not document.markdown or line[0] != "#") for line in document.text.split("\n")):
+    if not any(
+        line.strip() and (not document.markdown or line[0] != "#") for line in document.text.split("\n")
+    ):
         raise Unreadable("X002", "no text but headings" if document.text.strip() else "no text")
     return document

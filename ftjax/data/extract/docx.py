@@ -64,9 +64,8 @@ def _value(node: Any, path: str) -> str | None:
 class _Reader(Writer):
     def __init__(self, styles: Any, numbering: Any):
         super().__init__()
-        self.styles = {
-            s.get(_W + "styleId"): s for s in (styles.iter(_W + "style") if styles is not None else ())
-        }
+        known = styles.iter(_W + "style") if styles is not None else ()
+        self.styles = {style.get(_W + "styleId"): style for style in known}
         self.numbering = numbering
         self.numbers: dict[tuple[str, int], int] = {}
         self.code: list[str] = []
@@ -77,13 +76,7 @@ class _Reader(Writer):
                 self.paragraph(node)
             elif node.tag == _W + "tbl":
                 self.flush()
-                rows = [
-                    [
-                        " ".join(map(self.words, cell.iter(_W + "p"))).strip()
-                        for cell in row.findall(_W + "tc")
-                    ]
-                    for row in node.findall(_W + "tr")
-                ]
+                rows = [list(map(self.cell, row.findall(_W + "tc"))) for row in node.findall(_W + "tr")]
                 if any(any(row) for row in rows):
                     self.put_table([row for row in rows if row])
             elif node.tag in (_W + "sdt", _W + "sdtContent", _W + "ins"):
@@ -116,6 +109,9 @@ class _Reader(Writer):
             self.numbers = {key: value for key, value in self.numbers.items() if key[1] == 0}
             self.put(text)
 
+    def cell(self, node: Any) -> str:
+        return " ".join(map(self.words, node.iter(_W + "p"))).strip()
+
     def words(self, node: Any, marked: bool = True) -> str:
         """The paragraph's text; bold and italic runs `marked`."""
         out: list[str] = []
@@ -137,9 +133,8 @@ class _Reader(Writer):
     def _monospaced(self, node: Any) -> bool:
         runs = [run for run in _runs(node) if "".join(_characters(run)).strip()]
         fonts = [run.find(f"{_W}rPr/{_W}rFonts") for run in runs]
-        return bool(runs) and all(
-            f is not None and _MONOSPACED.search(f.get(_W + "ascii") or "") for f in fonts
-        )
+        named = [f.get(_W + "ascii") or "" for f in fonts if f is not None]
+        return bool(runs) and len(named) == len(runs) and all(map(_MONOSPACED.search, named))
 
     def _sign(self, number: str, depth: int) -> str:
         kind = None
@@ -147,10 +142,9 @@ class _Reader(Writer):
             of = {n.get(_W + "numId"): _value(n, "abstractNumId") for n in self.numbering.iter(_W + "num")}
             for abstract in self.numbering.iter(_W + "abstractNum"):
                 if abstract.get(_W + "abstractNumId") == of.get(number):
-                    levels = {
-                        lvl.get(_W + "ilvl"): _value(lvl, "numFmt") for lvl in abstract.iter(_W + "lvl")
-                    }
-                    kind = levels.get(str(depth))
+                    for level in abstract.iter(_W + "lvl"):
+                        if level.get(_W + "ilvl") == str(depth):
+                            kind = _value(level, "numFmt")
         self.numbers = {key: value for key, value in self.numbers.items() if key[1] <= depth}
         self.numbers[number, depth] = self.numbers.get((number, depth), 0) + 1
         return "- " if kind in (None, "bullet", "none") else f"{self.numbers[number, depth]}. "

@@ -152,6 +152,8 @@ class Fetcher:
             url = normal(url)
             if url in seen or len(seen) > MAX_REDIRECTS:
                 raise Unreadable("X006", f"redirected in a circle: {' → '.join([*seen, url][-4:])}")
+            if urlsplit(url).scheme not in ("http", "https"):
+                raise Unreadable("X006", f"redirected to {url}, which is no web address")
             if seen and not allowed(url):
                 raise Unreadable("X010", f"redirected to {url}, which is outside")
             if self.heed_robots and not self.robots(url).allows(url):
@@ -257,7 +259,9 @@ def normal(url: str) -> str:
     """One form of equal URLs: no fragment, host in lower case, no default port, spaces and such as %20."""
     parts = urlsplit(url.strip())
     host = (parts.hostname or "").encode("idna").decode() if parts.hostname else ""
-    port = f":{parts.port}" if parts.port and parts.port != {"http": 80, "https": 443}.get(parts.scheme) else ""
+    port = (
+        f":{parts.port}" if parts.port and parts.port != {"http": 80, "https": 443}.get(parts.scheme) else ""
+    )
     if ":" in host:
         host = f"[{host}]"
     path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")

@@ -188,6 +188,7 @@ class _Renderer(Writer):
         super().__init__()
         self.url, self.links = url, links
         self._block_inside = False
+        self._in_tight = False
 
     # ── blocks ──
 
@@ -283,10 +284,12 @@ class _Renderer(Writer):
     def items(self, node: Any, numbered: bool) -> None:
         number = int(node.attributes.get("start") or 1) if _is_int(node.attributes.get("start") or "1") else 1
         before = self.indent, self.tight, self.bullet
+        within = self._in_tight
         items = [child for child in node.iter() if child.tag == "li"]
         tight = all(
             sum(c.tag in _BLOCKS and c.tag not in ("ul", "ol") for c in li.iter()) < 2 for li in items
         )
+        self._in_tight = tight
         first = True
         for child in node.iter():
             if child.tag != "li":  # a list in a list, without its item
@@ -303,9 +306,10 @@ class _Renderer(Writer):
             # the first item of a list that begins its item's text stands on the outer bullet's line
             self.bullet = (before[2] if first and before[2] is not None else before[0]) + sign
             self.indent = before[0] + " " * len(sign)
-            self.tight = tight and (not first or before[1])
+            self.tight = tight and (not first or within)
             first = False
             self.flow(child)
+        self._in_tight = within
         self.indent, self.tight, self.bullet = before[0], before[1], None if not first else before[2]
 
     def definitions(self, node: Any) -> None:

@@ -33,7 +33,13 @@ class KnowledgeSDK:
     """The service at `base`; `timeout` in seconds for one call, and for a job until it is done."""
 
     def __init__(
-        self, base: str, *, timeout: float = 180.0, job_timeout: float = 1800.0, poll: float = 5.0, sleep=time.sleep
+        self,
+        base: str,
+        *,
+        timeout: float = 180.0,
+        job_timeout: float = 1800.0,
+        poll: float = 5.0,
+        sleep=time.sleep,
     ):
         self.base, self.timeout, self.job_timeout, self.poll = base.rstrip("/"), timeout, job_timeout, poll
         self.sleep = sleep
@@ -60,13 +66,17 @@ class KnowledgeSDK:
             state = self._call("GET", f"/v1/jobs/{job['jobId']}", None)
             status = str(state.get("status", "")).lower()
             if status in _DONE:
-                result = next((state[k] for k in ("result", "data", "output") if isinstance(state.get(k), dict)), state)
+                result = next(
+                    (state[k] for k in ("result", "data", "output") if isinstance(state.get(k), dict)), state
+                )
                 return list(_items(result, url))
             if status in _FAILED:
                 said = state.get("error") or state.get("message") or status
                 raise Unreadable("X014", f"KnowledgeSDK's job {job['jobId']} failed: {said}")
             if time.monotonic() - began > self.job_timeout:
-                raise Unreadable("X014", f"KnowledgeSDK's job {job['jobId']} is not done after {self.job_timeout:g} s")
+                raise Unreadable(
+                    "X014", f"KnowledgeSDK's job {job['jobId']} is not done after {self.job_timeout:g} s"
+                )
             self.sleep(self.poll)
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
@@ -86,10 +96,16 @@ class KnowledgeSDK:
         except ValueError:
             values = None
         if answer.status // 100 != 2:
-            said = f"{values.get('error', '')}: {values.get('message', '')}" if isinstance(values, dict) else ""
+            said = (
+                f"{values.get('error', '')}: {values.get('message', '')}" if isinstance(values, dict) else ""
+            )
             if answer.status in (401, 403):
-                raise UserError(f"KnowledgeSDK refuses the key in {KEY} (status {answer.status}) {said}".strip())
-            raise Unreadable("X014", f"KnowledgeSDK answers status {answer.status} {said.strip(': ')}".strip())
+                raise UserError(
+                    f"KnowledgeSDK refuses the key in {KEY} (status {answer.status}) {said}".strip()
+                )
+            raise Unreadable(
+                "X014", f"KnowledgeSDK answers status {answer.status} {said.strip(': ')}".strip()
+            )
         if not isinstance(values, dict):
             raise Unreadable("X014", "KnowledgeSDK's answer is no JSON object")
         return values
@@ -110,4 +126,6 @@ def _items(answer: dict[str, Any], url: str) -> Iterator[Item]:
             yield Item(source, str(item.get("title") or ""), content)
     if not found:
         known = ", ".join(sorted(answer)) or "nothing"
-        raise Unreadable("X014", f'KnowledgeSDK\'s answer has neither "markdown" nor "knowledgeItems" ({known})')
+        raise Unreadable(
+            "X014", f'KnowledgeSDK\'s answer has neither "markdown" nor "knowledgeItems" ({known})'
+        )

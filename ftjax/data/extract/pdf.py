@@ -11,7 +11,10 @@ from ftjax.errors import UserError
 
 
 def read(data: bytes) -> Document:
-    """The text with the offset of each page. Raises Unreadable: X001 damaged or encrypted, X007 only pictures."""
+    """The text with the offset of each page.
+
+    Raises Unreadable: X001 damaged or encrypted, X007 only pictures.
+    """
     try:
         import pypdf
     except ImportError:

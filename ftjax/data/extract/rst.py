@@ -16,10 +16,12 @@ _NOTE = re.compile(r"\.\. +\[(#?[\w.*-]*)\] *(.*)$")
 _OPTION = re.compile(r"\s+:([\w-]+):\s*(.*)$")
 _BULLET = re.compile(r"([-*+•]|\(?(?:\d+|#|[a-zA-Z]|[ivxIVX]+)[.)])( +|$)")
 _FIELD = re.compile(r":([^:\s`][^:`]*):(?:\s+|$)(.*)")
-_CODE = frozenset("code-block code sourcecode parsed-literal doctest testcode testoutput literalinclude productionlist "
-                  "prompt ipython console highlight-block raw math".split())  # fmt: skip
-_ADMONITIONS = frozenset("note warning tip hint important caution danger error attention seealso admonition topic "
-                         "sidebar impl-detail todo".split())  # fmt: skip
+_CODE = frozenset("""
+    code-block code sourcecode parsed-literal doctest testcode testoutput literalinclude productionlist prompt
+    ipython console raw math""".split())  # fmt: skip
+_ADMONITIONS = frozenset("""
+    note warning tip hint important caution danger error attention seealso admonition topic sidebar
+    impl-detail todo""".split())  # fmt: skip
 _VERSIONS = {
     "versionadded": "New in version",
     "versionchanged": "Changed in version",
@@ -27,17 +29,29 @@ _VERSIONS = {
     "deprecated-removed": "Deprecated since version",
     "versionremoved": "Removed in version",
 }
-_SIGNATURES = frozenset("function class method classmethod staticmethod attribute data exception decorator property "
-                        "decoratormethod describe object option cmdoption program-option envvar confval opcode 2to3fixer "
-                        "coroutinefunction coroutinemethod abstractmethod awaitablefunction awaitablemethod macro member "
-                        "type struct union enum enumerator var directive role pdbcommand audit-event monitoring-event "
-                        "autofunction autoclass automodule automethod autoexception autodata autoattribute".split())  # fmt: skip
-_SILENT = frozenset("toctree index module currentmodule highlight sectionauthor moduleauthor codeauthor contents meta "
-                    "program tabularcolumns default-role role include sectnum target-notes title header footer "
-                    "py:module py:currentmodule testsetup testcleanup availability-note namespace".split())  # fmt: skip
+_SIGNATURES = frozenset("""
+    function class method classmethod staticmethod attribute data exception decorator property decoratormethod
+    describe object option cmdoption program-option envvar confval opcode 2to3fixer coroutinefunction
+    coroutinemethod abstractmethod awaitablefunction awaitablemethod macro member type struct union enum
+    enumerator var directive pdbcommand audit-event monitoring-event autofunction autoclass automodule
+    automethod autoexception autodata autoattribute""".split())  # fmt: skip
+_SILENT = frozenset("""
+    toctree index module currentmodule sectionauthor moduleauthor codeauthor contents meta program
+    tabularcolumns default-role role include sectnum target-notes title header footer testsetup testcleanup
+    namespace""".split())  # fmt: skip
+_PLAIN = (
+    "only",
+    "ifconfig",
+    "container",
+    "class",
+    "rst-class",
+    "availability",
+)  # their argument says nothing
 _LANGUAGES = {"python3": "python", "pycon3": "pycon", "none": "", "text": "", "default": ""}
-_CODE_ROLES = frozenset("func meth class mod attr data exc const obj keyword program option envvar file command samp code "
-                        "literal kbd token opcode makevar pypi macro member type struct source dfn-code".split())  # fmt: skip
+_CODE_ROLES = frozenset("""
+    func meth class mod attr data exc const obj keyword program option envvar file command samp code literal
+    kbd token opcode makevar pypi macro member type struct source""".split())  # fmt: skip
+_LABELS = {"seealso": "See also", "impl-detail": "CPython implementation detail"}
 
 
 def read(text: str) -> Document:
@@ -51,7 +65,8 @@ class _Reader(Writer):
     def __init__(self, text: str):
         super().__init__()
         self.adornments: list[str] = []
-        self.language = "python" if ".. highlight::" not in text else ""
+        self.language = ""
+        """Of literal blocks, as the last highlight directive says."""
         self.replaced = dict(re.findall(r"^\.\. \|([^|\n]+)\| replace:: *(.*)$", text, re.M))
 
     def blocks(self, lines: list[str], top: bool = False) -> None:
@@ -72,7 +87,7 @@ class _Reader(Writer):
                 _ADORNMENT.match(line)
                 and " " not in line
                 and len(line) > 3
-                and not _blank(lines, i + 1) is False
+                and _blank(lines, i + 1) is not False
             ):
                 i += 1  # a transition
             elif line.startswith(".."):
@@ -89,8 +104,7 @@ class _Reader(Writer):
                 i = end
             elif re.match(r"(=+ +=[= ]*|\+[-=]+\+.*)$", line):
                 i = self.ascii_table(lines, i)
-            elif (found := _BULLET.match(line)) and not (found[1][0].isalpha() and _blank(lines, i + 1) is False
-                                                         and not lines[i + 1].startswith(" ")):  # fmt: skip
+            elif _is_item(lines, i):
                 i = self.bullets(lines, i)
             elif (field := _FIELD.match(line)) is not None:
                 end = _block_end(lines, i)
@@ -99,10 +113,8 @@ class _Reader(Writer):
             elif _blank(lines, i + 1) is False and lines[i + 1].startswith(" "):
                 end = _block_end(lines, i)
                 term = self.inline(line.split(" : ")[0])
-                self.item(
-                    f"- {term if '`' in term or '*' in term else f'**{term}**'}: ",
-                    _dedented(lines[i + 1 : end]),
-                )
+                term = term if "`" in term or "*" in term else f"**{term}**"
+                self.item(f"- {term}: ", _dedented(lines[i + 1 : end]))
                 i = end
             else:
                 i = self.paragraph(lines, i)
@@ -126,18 +138,23 @@ class _Reader(Writer):
         return end
 
     def _guess(self, first: str) -> str:
-        return "pycon" if first.lstrip().startswith(">>>") else ""
+        return "pycon" if first.lstrip().startswith(">>>") else self.language
 
     def bullets(self, lines: list[str], i: int) -> int:
         items: list[tuple[str, list[str]]] = []
+        numbered = lines[i][0] not in "-*+•"
         while i < len(lines) and (found := _BULLET.match(lines[i])):
+            if numbered != (lines[i][0] not in "-*+•"):
+                break
             width = len(found[0]) if found[2] else len(found[1]) + 1
             end = _block_end(lines, i)
             rest = [line[min(width, len(line) - len(line.lstrip(" "))) :] for line in lines[i + 1 : end]]
             sign = found[1].strip("(")
-            sign = (
-                "-" if sign in "-*+•" else f"{len(items) + 1}." if sign[0] == "#" else sign.replace(")", ".")
-            )
+            if not numbered:
+                sign = "-"
+            elif sign[0] == "#":
+                sign = f"{len(items) + 1}."
+            sign = sign.replace(")", ".")
             items.append((sign + " ", [lines[i][width:], *rest]))
             while end < len(lines) and not lines[end].strip():
                 end += 1
@@ -181,9 +198,10 @@ class _Reader(Writer):
             elif code := _code(rest):
                 given = argument if short in ("code-block", "code", "sourcecode") else ""
                 self.put_code(code, _LANGUAGES.get(given, given) or self._guess(code))
+        elif short == "highlight":
+            self.language = _LANGUAGES.get(argument, argument)
         elif short in _SILENT:
-            if short == "highlight":
-                self.language = _LANGUAGES.get(argument, argument)
+            return
         elif short in ("image", "figure"):
             if options.get("alt"):
                 self.put(f"[image: {options['alt']}]")
@@ -197,7 +215,11 @@ class _Reader(Writer):
                 self.bullet = self.bullet.rstrip(": ")
                 self.put("")
         elif short in _ADMONITIONS or short.endswith("-note"):
-            label = argument if short in ("admonition", "topic", "sidebar") else _label(short)
+            label = (
+                argument
+                if short in ("admonition", "topic", "sidebar")
+                else _LABELS.get(short, short.capitalize())
+            )
             first = [] if short in ("admonition", "topic", "sidebar") or not argument else [argument]
             lead = self.indent if self.bullet is None else self.bullet
             self.bullet = f"{lead}**{self.inline(label)}:** "
@@ -214,14 +236,7 @@ class _Reader(Writer):
             rows = [row for row in csv.reader([options.get("header", ""), *filter(str.strip, body)]) if row]
             self.put_table([[self.inline(cell.strip()) for cell in row] for row in rows])
         else:  # only, container, tab, table …: what is in it; of an unknown one also what it was given
-            if argument and short not in (
-                "only",
-                "ifconfig",
-                "container",
-                "class",
-                "rst-class",
-                "availability",
-            ):
+            if argument and short not in _PLAIN:
                 self.put(self.inline(argument))
             self.blocks(body)
 
@@ -284,9 +299,8 @@ class _Reader(Writer):
                     end += 1
                     break
             elif line.strip():
-                cells = [
-                    line[a : b if n + 1 < len(columns) else None].strip() for n, (a, b) in enumerate(columns)
-                ]
+                ends = [b for _, b in columns[:-1]] + [None]  # the last column goes on to the line's end
+                cells = [line[a:b].strip() for (a, _), b in zip(columns, ends, strict=True)]
                 if cells[0] or new or not rows:
                     rows.append(cells)
                 else:  # a first cell that is empty goes on with the row above
@@ -332,12 +346,6 @@ class _Reader(Writer):
         return re.sub("\ue000(\\d+)\ue001", lambda found: kept[int(found[1])], text)
 
 
-def _label(directive: str) -> str:
-    return {"seealso": "See also", "impl-detail": "CPython implementation detail"}.get(
-        directive, directive.capitalize()
-    )
-
-
 def _title(lines: list[str], i: int) -> int:
     """2 or 3: the lines of a title with an underline, or an overline too; 0: no title begins here."""
     line = lines[i].rstrip()
@@ -345,13 +353,8 @@ def _title(lines: list[str], i: int) -> int:
     if _ADORNMENT.match(line) and below and i + 2 < len(lines) and not _ADORNMENT.match(below):
         if lines[i + 2].rstrip() == line and len(line) >= len(below.strip()):
             return 3
-    if (
-        line[0] != " "
-        and _ADORNMENT.match(below)
-        and len(below) >= len(line) - 1
-        and not _ADORNMENT.match(line)
-    ):
-        return 2
+    if line[0] != " " and _ADORNMENT.match(below) and not _ADORNMENT.match(line):
+        return 2 if len(below) >= len(line) - 1 else 0
     return 0
 
 
@@ -374,6 +377,13 @@ def _grid(lines: list[str]) -> list[list[str]] | None:
             rows[-1] = [f"{a} {b}".strip() for a, b in zip(rows[-1], cells, strict=True)]
         new = False
     return rows
+
+
+def _is_item(lines: list[str], i: int) -> bool:
+    """Whether a list's item begins here; a letter and a dot with more of a paragraph below it is none."""
+    found = _BULLET.match(lines[i])
+    below = lines[i + 1] if i + 1 < len(lines) else ""
+    return found is not None and not (found[1][0].isalpha() and below.strip() and below[0] != " ")
 
 
 def _blank(lines: list[str], i: int) -> bool | None:

@@ -1,4 +1,4 @@
-"""From a document to its sections: cut at headings, limited in tokens, never inside a code block that fits."""
+"""From a document to its sections: cut at headings, limited in tokens, not inside a code block that fits."""
 
 import hashlib
 import re
@@ -43,6 +43,7 @@ def sections(document: Document, group: str, max_tokens: int, min_tokens: int) -
     for span in _joined(_under_headings(text, marks, document.title), text, max_tokens, min_tokens):
         for start, end in _pieces(text, span, fences, max_tokens):
             opened, closed = _fence_at(fences, start), _fence_at(fences, end)
+            whole = (start, end) == (span.start, span.end)
             body = text[start:end]
             verdicts = []
             if opened or closed:
@@ -56,7 +57,7 @@ def sections(document: Document, group: str, max_tokens: int, min_tokens: int) -
                 "breadcrumb": list(span.breadcrumb),
                 "section": section_id(group, start, end),
                 "offset": [start, end],
-                "tokens_estimate": tokens_estimate(body),
+                "tokens_estimate": span.tokens if whole else tokens_estimate(body),
                 "group": group,
             }
             if document.pages:
@@ -93,7 +94,7 @@ def _trimmed(text: str, start: int, end: int, breadcrumb: tuple[str, ...]) -> Sp
     first = start + len(part) - len(part.lstrip())
     line = text.rfind("\n", start, first) + 1  # the first line keeps its indentation
     last = end - (len(part) - len(part.rstrip()))
-    return Span(max(start, line), last, breadcrumb, tokens_estimate(body))
+    return Span(max(start, line), last, breadcrumb, tokens_estimate(text[max(start, line) : last]))
 
 
 def _joined(spans: Iterator[Span], text: str, most: int, least: int) -> Iterator[Span]:
@@ -137,7 +138,7 @@ def _pieces(text: str, span: Span, fences: list[Fence], most: int) -> Iterator[t
 def _cut(
     text: str, start: int, end: int, fences: list[Fence], most: int, how: int
 ) -> Iterator[tuple[int, int]]:
-    """Pieces of at most `most` tokens, about equal: between blocks, else lines, else sentences, else anywhere."""
+    """Pieces of at most `most` tokens, about equal: between blocks, else lines, sentences or anywhere."""
     units = [(a, b, tokens_estimate(text[a:b])) for a, b in _units(text, start, end, fences, how, most)]
     total = sum(unit[2] for unit in units)
     target = total / ceil(total / most)

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urljoin, urlsplit
@@ -23,13 +24,15 @@ from ftjax.data.record import Verdict
 from ftjax.errors import UserError
 
 KINDS = {
-    ".html": "html", ".htm": "html", ".xhtml": "html", ".md": "markdown", ".markdown": "markdown", ".mdx": "markdown",
-    ".pdf": "pdf", ".docx": "docx", ".rst": "rst", ".rest": "rst", ".ipynb": "notebook", ".txt": "text", ".text": "text",
+    ".html": "html", ".htm": "html", ".xhtml": "html", ".md": "markdown", ".markdown": "markdown",
+    ".mdx": "markdown", ".pdf": "pdf", ".docx": "docx", ".rst": "rst", ".rest": "rst", ".ipynb": "notebook",
+    ".txt": "text", ".text": "text",
 }  # fmt: skip
 """What a file's name says of its format."""
 _CONTENT_TYPES = {
-    "text/html": "html", "application/xhtml+xml": "html", "text/markdown": "markdown", "text/x-markdown": "markdown",
-    "application/pdf": "pdf", "text/x-rst": "rst", "text/prs.fallenstein.rst": "rst", "text/plain": "text",
+    "text/html": "html", "application/xhtml+xml": "html", "text/markdown": "markdown",
+    "text/x-markdown": "markdown", "application/pdf": "pdf", "text/x-rst": "rst",
+    "text/prs.fallenstein.rst": "rst",
     "application/vnd.openxmlformats-officedocument.wordprocessingml.document": "docx",
     "application/x-ipynb+json": "notebook",
 }  # fmt: skip
@@ -38,8 +41,8 @@ _KNOWLEDGE = re.compile(r"knowledgesdk(\+site)?:(https?://.+)", re.I)
 
 @dataclass(frozen=True)
 class Place:
-    """One document: its name (the group of its sections), the file that holds it, and what is known of it. Where
-    `verdict` is given there is nothing to read."""
+    """One document: its name (the group of its sections), the file that holds it, and what is known of it.
+    Where `verdict` is given there is nothing to read."""
 
     name: str
     path: str = ""
@@ -89,7 +92,9 @@ def _of_source(source: str, options: ExtractOptions, web: "_Web") -> Iterator[Pl
 def _folder(root: Path, options: ExtractOptions) -> Iterator[Place]:
     """Files below a folder by name; not hidden ones, nor Sphinx's folders of sources and static files."""
     for folder, folders, files in os.walk(root):
-        folders[:] = sorted(f for f in folders if f[0] != "." and f not in ("_static", "_sources", "node_modules"))
+        folders[:] = sorted(
+            f for f in folders if f[0] != "." and f not in ("_static", "_sources", "node_modules")
+        )
         for name in sorted(files):
             path = Path(folder) / name
             inside = path.relative_to(root).as_posix()
@@ -107,7 +112,11 @@ def _file(path: Path, inside: str, options: ExtractOptions) -> Place:
     url = urljoin(options.base_url.rstrip("/") + "/", inside) if options.base_url else ""
     kind = KINDS.get(path.suffix.lower())
     if kind is None:
-        said = f"files named *{path.suffix} are not read" if path.suffix else "a name without an ending is not read"
+        said = (
+            f"files named *{path.suffix} are not read"
+            if path.suffix
+            else "a name without an ending is not read"
+        )
         return Place(name, url=url, verdict=Verdict("X004", said, source=name))
     if path.stat().st_size > options.max_mb * 1e6:
         said = f"{path.stat().st_size / 1e6:.1f} MB; the limit is max_mb={options.max_mb:g}"
@@ -163,7 +172,7 @@ class _Web:
             url, depth = queue.popleft()
             fetched += 1
             try:
-                page = fetcher.page(url, lambda to: depth == 0 or _inside(to, scope))
+                page = fetcher.page(url, partial(_inside, scope=scope) if depth else _anywhere)
             except Unreadable as e:
                 yield Place(url, url=url, verdict=Verdict(e.code, e.text, source=url, fix=e.fix))
                 continue
@@ -194,7 +203,12 @@ class _Web:
                     link = normal(link)
                 except ValueError:  # e.g. a port that is no number
                     continue
-                if link not in known and _inside(link, scope) and _wanted(_path(link), options) and _readable(link):
+                if (
+                    link not in known
+                    and _inside(link, scope)
+                    and _wanted(_path(link), options)
+                    and _readable(link)
+                ):
                     known.add(link)
                     queue.append((link, depth + 1))
 
@@ -215,7 +229,9 @@ class _Web:
                 continue
             for number, address in enumerate(addresses):
                 if host is not None and _host(address) != host:
-                    yield Place(address, url=address, verdict=Verdict("X010", f"not on {host}", source=address))
+                    yield Place(
+                        address, url=address, verdict=Verdict("X010", f"not on {host}", source=address)
+                    )
                 elif index:
                     if address not in mapped:
                         mapped.add(address)
@@ -223,7 +239,9 @@ class _Web:
                 elif _wanted(_path(address), options):
                     if fetched >= options.max_pages:
                         left = len(addresses) - number
-                        said = f"max_pages={options.max_pages} reached; {left} addresses of it were not fetched"
+                        said = (
+                            f"max_pages={options.max_pages} reached; {left} addresses of it were not fetched"
+                        )
                         yield Place(at, url=at, verdict=Verdict("X011", said, source=at))
                         return
                     fetched += 1
@@ -248,7 +266,9 @@ class _Web:
         if not self._services:
             self._services.append(KnowledgeSDK(options.knowledgesdk_url, timeout=max(options.timeout, 180.0)))
         try:
-            items = self._services[0].site(url, options.max_pages) if whole_site else self._services[0].page(url)
+            items = (
+                self._services[0].site(url, options.max_pages) if whole_site else self._services[0].page(url)
+            )
         except Unreadable as e:
             yield Place(url, url=url, verdict=Verdict(e.code, e.text, source=url, fix=e.fix))
             return
@@ -258,7 +278,9 @@ class _Web:
             path = self.cache / f"{hashlib.sha256(data).hexdigest()[:32]}.md"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
-            yield Place(item.url, str(path), "markdown", item.url, "utf-8", item.title, fetched_by="knowledgesdk")
+            yield Place(
+                item.url, str(path), "markdown", item.url, "utf-8", item.title, fetched_by="knowledgesdk"
+            )
 
 
 def _kind(content_type: str, url: str) -> str | None:
@@ -292,6 +314,10 @@ def _scope(url: str, scope: str) -> tuple[str, str]:
     """(host, beginning of the path) of what may be fetched."""
     path = urlsplit(url).path
     return _host(url), path[: path.rfind("/") + 1] if scope == "folder" else "/" if scope == "site" else path
+
+
+def _anywhere(url: str) -> bool:
+    return True
 
 
 def _inside(url: str, scope: tuple[str, str]) -> bool:

@@ -13,8 +13,8 @@ _META = re.compile(
     rb"<meta[^>]+charset\s*=\s*[\"']?\s*([\w:.-]+)|<\?xml[^>]+encoding\s*=\s*[\"']([\w:.-]+)", re.I
 )
 # What the web calls these is more than what they are (WHATWG Encoding Standard, §4.2)
-_MEANT = {"iso8859-1": "cp1252", "ascii": "cp1252", "gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932",
-          "euc_kr": "cp949", "iso8859-9": "cp1254"}  # fmt: skip
+_MEANT = {"iso8859-1": "cp1252", "ascii": "cp1252", "gb2312": "gb18030", "gbk": "gb18030",
+          "shift_jis": "cp932", "euc_kr": "cp949", "iso8859-9": "cp1254"}  # fmt: skip
 
 
 def decode(data: bytes, declared: str | None = None, html: bool = False) -> tuple[str, list[Verdict]]:
@@ -35,7 +35,7 @@ def decode(data: bytes, declared: str | None = None, html: bool = False) -> tupl
         name = _codec(declared)
         try:
             text = data.decode("utf-8")
-            if name and name not in ("utf-8", "cp1252") and not data.isascii() and b"\x1b" not in data:
+            if name and name != "utf-8" and not data.isascii() and b"\x1b" not in data:
                 said.append(Verdict("X012", f"it is UTF-8, not {declared} as declared"))
             elif name and name.startswith(("utf-16", "utf-32", "iso2022")):
                 text = data.decode(name, "replace")
