@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import sys
 import zipfile
 
 import pytest
@@ -681,3 +682,10 @@ def test_sources_that_are_not_there_and_options_that_make_no_sense(tmp_path):
     big.write_text("x" * 2000)
     (judged,) = extract([str(big)], ExtractOptions(max_mb=0.001))
     assert judged.verdicts[0].code == "X009"
+
+
+@pytest.mark.parametrize("module, kind", [("selectolax.lexbor", "html"), ("pypdf", "pdf")])
+def test_a_format_whose_library_is_missing_names_the_extra(module, kind, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=r"pip install 'ftjax\[data\]'"):
+        read(b"<p>x", kind)

@@ -105,7 +105,7 @@ def test_a_crawl_stays_in_its_folder_and_accounts_for_every_page(site, tmp_path,
     site.pages = {
         "/docs/": page("Start", "one.html", "two.html#part", "two.html", "/blog/x.html",
                        "http://other.invalid/",
-                       "gone.html", "secret/a.html", "data.bin", "logo.png", "mailto:me@example.org", "old.html",
+                       "gone.html", "secret/a.html", "data.bin", "logo.png", "mailto:me@x.org", "old.html",
                        "deep/", "http://["),
         "/docs/one.html": page("One", "two.html", "./"),
         "/docs/two.html": page("Two"),
