@@ -134,8 +134,8 @@ def check(output: str | Path, format: str | None) -> None:
     path = Path(output)
     if path.suffix and _suffix(path) not in SUFFIXES:
         raise UserError(
-            f"--output {path}: a file ends in {', '.join(SUFFIXES)} (each also with .gz, but Parquet); a name "
-            "without an ending is a folder"
+            f"--output {path}: a file ends in {', '.join(SUFFIXES)} (each but Parquet also with .gz); a "
+            "name without an ending is a folder"
         )
     if format is not None:
         formats.writer(format)
