@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import gzip
-import hashlib
 import io
 import json
 from collections import Counter
@@ -13,12 +12,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ftjax.data import formats
-from ftjax.data.record import Record
+from ftjax.data.pipeline import file_digest
+from ftjax.data.record import Record, Verdict
 from ftjax.errors import UserError
 
 
 @dataclass
-class Written:
+class Output:
     """One file that was written."""
 
     path: str
@@ -26,7 +26,9 @@ class Written:
     rows: int = 0
     sha256: str = ""
     losses: dict[str, int] = field(default_factory=dict)
-    """What the format cannot say, and of how many rows."""
+    """What the format cannot say, a name of formats.LOSSES, and of how many records."""
+    refused: list[Verdict] = field(default_factory=list)
+    """Records that the format cannot say at all."""
 
 
 class _File(Protocol):
@@ -36,7 +38,7 @@ class _File(Protocol):
 
 
 class _Jsonl:
-    def __init__(self, file: io.BufferedIOBase):
+    def __init__(self, file: Any):
         self.file = file
 
     def put(self, values: dict[str, Any]) -> None:
@@ -63,7 +65,7 @@ class _Json(_Jsonl):
 class _Csv:
     """Columns are those of the first row; lists and objects are JSON in their cells."""
 
-    def __init__(self, file: io.BufferedIOBase):
+    def __init__(self, file: Any):
         self.text = io.TextIOWrapper(file, "utf-8", newline="")
         self.writer: csv.DictWriter | None = None
 
@@ -145,13 +147,13 @@ def _suffix(path: Path) -> str:
     return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
 
 
-def write(records: Iterator[Record], output: str | Path, format: str) -> list[Written]:
+def write(records: Iterator[Record], output: str | Path, format: str) -> list[Output]:
     """Writes the records to a file, or to a folder's SPLIT.jsonl by each record's meta.split (data.jsonl
     where it has none), whole or not at all."""
     convert = formats.writer(format)
     output = Path(output).expanduser()
     folder = not output.suffix
-    made: dict[Path, tuple[Written, _File, Path]] = {}
+    made: dict[Path, tuple[Output, _File, Path]] = {}
     counts: dict[Path, Counter[str]] = {}
     with contextlib.ExitStack() as undo:
         for record in records:
@@ -161,19 +163,22 @@ def write(records: Iterator[Record], output: str | Path, format: str) -> list[Wr
                 path.parent.mkdir(parents=True, exist_ok=True)
                 beside = path.with_name(f".{path.name}.part")
                 undo.callback(beside.unlink, missing_ok=True)
-                made[path] = (Written(str(path), format), _open(beside, path), beside)
+                made[path] = (Output(str(path), format), _open(beside, path), beside)
                 counts[path] = Counter()
-            values, losses = convert(record)
-            made[path][0].rows += 1
-            made[path][1].put(values)
-            counts[path].update(set(losses))
-        for path, (written, file, beside) in made.items():
+            written = convert(record)
+            if written.refused:
+                made[path][0].refused.append(record.verdict(*written.refused))
+                continue
+            for values in written.rows:
+                made[path][0].rows += 1
+                made[path][1].put(values)
+            counts[path].update(set(written.losses))
+        for path, (one, file, beside) in made.items():
             file.close()
-            with open(beside, "rb") as data:
-                written.sha256 = hashlib.file_digest(data, "sha256").hexdigest()
-            written.losses = dict(counts[path].most_common())
+            one.sha256 = file_digest(beside)
+            one.losses = dict(counts[path].most_common())
             beside.replace(path)
-    return [written for written, _, _ in made.values()]
+    return [one for one, _, _ in made.values()]
 
 
 def _open(beside: Path, path: Path) -> _File:

@@ -19,7 +19,7 @@ class StepVerb(NamedTuple):
     """ "module:class" of the Step; its options class is the Step's `Options`."""
 
 
-STEPS = {}
+STEPS: dict[str, StepVerb] = {}
 """What chains: each is a verb over files and a key in a recipe of `prepare`."""
 
 VERBS = {

@@ -129,10 +129,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{arguments.recipe}: steps is empty; the least is `steps: [validate]`")
     written = write.write(stages[-1].records(), output, recipe.format)
     stage.write_report(output / REPORT, stages, written, recipe.sources)
-    for one in written:
-        print(f"wrote {one.rows:,} rows to {one.path}")
-        for loss, number in one.losses.items():
-            print(f"  lost in the format {one.format}: {loss} ({number:,} rows)")
+    print("\n".join(line for one in written for line in stage.said_of(one)))
     print(f"every verdict is in {output / REPORT}")
     return 0
 

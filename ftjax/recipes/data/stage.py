@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import shutil
 import tempfile
@@ -13,6 +14,7 @@ from typing import Any
 from ftjax import config
 from ftjax.data import engine, pipeline, read, write
 from ftjax.data.codes import CODES
+from ftjax.data.formats import LOSSES
 from ftjax.data.options import DataSource
 from ftjax.errors import UserError
 from ftjax.recipes.data import STEPS, load_step
@@ -37,7 +39,7 @@ def main(name: str, argv: list[str]) -> int:
         )
         written = []
         if arguments.output:
-            to = arguments.to or read.format_of(found[0])
+            to = arguments.to or parts[0].format
             written = write.write(stage.records(), arguments.output, to)
         if arguments.report:
             write_report(Path(arguments.report), [stage], written, found)
@@ -70,10 +72,12 @@ def _parse(name: str, options: type, argv: list[str]) -> tuple[argparse.Namespac
     return arguments, {name: value for name, value in given.items() if value is not None}
 
 
-def add_sources(parser: argparse.ArgumentParser) -> None:
+def add_sources(parser: argparse.ArgumentParser, nargs: str | int = "+") -> None:
     """FILE… and how its rows are read."""
-    parser.add_argument("files", nargs="+", metavar="FILE", help="files, or the id of a data set")
-    parser.add_argument("--from", dest="format", help="the rows' format, where it is not to be detected")
+    parser.add_argument("files", nargs=nargs, metavar="FILE", help="files, or the id of a data set")
+    parser.add_argument(
+        "--from", "--format", dest="format", help="the rows' format, where it is not to be detected"
+    )
     parser.add_argument("--name", help="configuration of a data set")
     parser.add_argument("--split", help="split of a data set")
     parser.add_argument(
@@ -150,7 +154,7 @@ def progress() -> Iterator[pipeline.Progress]:
 # ── what is said of it ────────────────────────────────────────────────────────────────────────────
 
 
-def summary(stage: pipeline.Stage, written: list[write.Written]) -> list[str]:
+def summary(stage: pipeline.Stage, written: list[write.Output]) -> list[str]:
     """What a stage did, as lines to print: counts, and each code with its first verdict."""
     counts = stage.counts
     changed = f" ({counts.changed:,} changed)" if counts.changed else ""
@@ -169,10 +173,15 @@ def summary(stage: pipeline.Stage, written: list[write.Written]) -> list[str]:
         lines.append(
             f"  {key}: {json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value}"
         )
-    for one in written:
-        lines.append(f"wrote {one.rows:,} rows of format {one.format} to {one.path}")
-        for loss, number in one.losses.items():
-            lines.append(f"  lost: {loss} ({number:,} rows)")
+    return lines + [line for one in written for line in said_of(one)]
+
+
+def said_of(one: write.Output) -> list[str]:
+    """What was written, as lines to print."""
+    lines = [f"wrote {one.rows:,} rows of the format {one.format} to {one.path}"]
+    lines += [f"  lost, of {number:,} rows: {LOSSES[loss]}" for loss, number in one.losses.items()]
+    if one.refused:
+        lines.append(f"  {len(one.refused):,} records could not be written in it: {one.refused[0].text}")
     return lines
 
 
@@ -184,23 +193,24 @@ def one_line(verdict: dict[str, Any]) -> str:
 
 
 def write_report(
-    path: Path, stages: list[pipeline.Stage], written: list[write.Written], found: list[DataSource]
+    path: Path, stages: list[pipeline.Stage], written: list[write.Output], found: list[DataSource]
 ) -> None:
     """The counts of each stage and every verdict as one JSON object, written as it is read."""
     head = {
         "sources": [dataclasses.asdict(source) for source in found],
         "stages": [{"name": s.name, **dataclasses.asdict(s.counts), "summary": s.summary} for s in stages],
-        "outputs": [dataclasses.asdict(one) for one in written],
+        "outputs": [{**dataclasses.asdict(one), "refused": len(one.refused)} for one in written],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
     with open(beside, "w", encoding="utf-8", errors="surrogatepass") as file:
         file.write(json.dumps(head, ensure_ascii=False, indent=1, default=str)[:-2] + ',\n "verdicts": [')
         comma = ""
-        for stage in stages:
-            for verdict in stage.verdicts():
-                row = {"stage": stage.name, **verdict}
-                file.write(f"{comma}\n  {json.dumps(row, ensure_ascii=False)}")
-                comma = ","
+        said = ({"stage": stage.name, **verdict} for stage in stages for verdict in stage.verdicts())
+        refused = (v.to_json() for one in written for v in one.refused)
+        unwritten = ({"stage": "write", **verdict, "outcome": "dropped"} for verdict in refused)
+        for row in itertools.chain(said, unwritten):
+            file.write(f"{comma}\n  {json.dumps(row, ensure_ascii=False)}")
+            comma = ","
         file.write("\n ]\n}\n")
     beside.replace(path)
