@@ -21,7 +21,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 from ftjax.data.writer import Answer, Answers, Ask, Local, Speaker, Usage, Writer, count_tokens
 from ftjax.errors import UserError
@@ -41,8 +41,9 @@ class EndpointOptions:
     __pydantic_config__: ClassVar = {"extra": "forbid", "use_attribute_docstrings": True}
 
     key_env: str = ""
-    """The environment variable that holds the endpoint's key, e.g. OPENAI_API_KEY; none is sent without it.
-    The key itself is nowhere stored or shown."""
+    """The environment variable that holds the endpoint's key, e.g. OPENAI_API_KEY, and with several endpoints
+    each one's, e.g. api.openai.com=OPENAI_API_KEY,localhost:8000=LOCAL_KEY. No key is sent without it, and
+    none is stored or shown."""
     concurrency: int = 8
     """Requests under way at once."""
     requests_per_minute: float = 0.0
@@ -146,11 +147,10 @@ class Endpoint(Writer):
             )
         if urllib.parse.urlsplit(self.url).password is not None:
             raise UserError("an endpoint's URL has no password in it: name the key's variable with key_env")
-        self._key = ""
-        if options.key_env:
-            self._key = os.environ.get(options.key_env, "").strip()
-            if not self._key:
-                raise UserError(f"key_env: the environment variable {options.key_env} is not set")
+        self._variable = key_variable(options.key_env, self.url)
+        self._key = os.environ.get(self._variable, "").strip() if self._variable else ""
+        if self._variable and not self._key:
+            raise UserError(f"key_env: the environment variable {self._variable} is not set")
         price = options.prices.get(self.name)
         if price is None and options.max_cost is not None:
             raise UserError(
@@ -390,9 +390,7 @@ class Endpoint(Writer):
     def _status(self, code: int, said: str, headers) -> Exception:
         """What a status that is no success means."""
         if code in (401, 403):
-            right = (
-                f"see that {self.options.key_env} holds" if self._key else "name by key_env the variable of"
-            )
+            right = f"see that {self._variable} holds" if self._key else "name by key_env the variable of"
             return UserError(
                 f"{self.url} refuses (status {code}: {said}): {right} a key that may use {self.name}"
             )
@@ -588,19 +586,37 @@ def _said(answer: Any) -> str:
     return " ".join(json.dumps(answer, ensure_ascii=False).split())[:300]
 
 
-class Models(NamedTuple):
-    """What opens models by name: endpoints as MODEL@URL, others with `local`."""
+def key_variable(key_env: str, url: str) -> str:
+    """The environment variable of an endpoint's key, of VAR or HOST=VAR,HOST=VAR; "" for none."""
+    for one in filter(None, (part.strip() for part in key_env.split(","))):
+        host, named, variable = one.partition("=")
+        if not named or host == urllib.parse.urlsplit(url).netloc:
+            return variable if named else one
+    return ""
 
-    options: EndpointOptions
-    answers: Answers
-    usage: Usage
-    local: Callable[[str], Speaker]
 
-    @staticmethod
-    def of(options: EndpointOptions, local: Callable[[str], Speaker]) -> "Models":
-        return Models(options, Answers(options.answers_dir), Usage(options.max_cost), local)
+class Models:
+    """What opens models by name: endpoints as MODEL@URL, others with `local`. One Usage counts for all."""
+
+    def __init__(self, options: EndpointOptions, local: Callable[[str], Speaker]):
+        self.options, self._local = options, local
+        self.answers, self.usage = Answers(options.answers_dir), Usage(options.max_cost)
+        self._hosts: set[str] = set()
+        self._opened: dict[str, Writer] = {}
 
     def open(self, name: str) -> Writer:
-        if "@http" in name:
-            return Endpoint(name, self.options, self.answers, self.usage)
-        return Local(self.local(name), self.answers, self.usage, self.options.seed)
+        """The model of this name, opened once."""
+        if name not in self._opened:
+            self._opened[name] = self._open(name)
+        return self._opened[name]
+
+    def _open(self, name: str) -> Writer:
+        if "@http" not in name:
+            return Local(self._local(name), self.answers, self.usage, self.options.seed)
+        self._hosts.add(urllib.parse.urlsplit(name.rpartition("@")[2]).netloc)
+        if self.options.key_env and "=" not in self.options.key_env and len(self._hosts) > 1:
+            raise UserError(
+                f"key_env={self.options.key_env}: whose key is it, of {' or '.join(sorted(self._hosts))}? "
+                "Say HOST=VARIABLE, so that it goes nowhere else"
+            )
+        return Endpoint(name, self.options, self.answers, self.usage)

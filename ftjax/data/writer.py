@@ -23,6 +23,9 @@ class Ask:
     temperature: float = 0.0
     sample: int = 0
     """Which of several answers to the same question this is."""
+    opening: str = ""
+    """What the answer begins with: put into a local model's mouth, without which small ones write no JSON.
+    (Endpoints are given the schema.)"""
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,7 @@ class Local(Writer):
 
         generator = self._speaker.generator
         room = generator.model.config.max_position_embeddings
-        prompts = {key: self._speaker.prompt(ask.messages) for key, ask in asks.items()}
+        prompts = {key: self._prompt(ask) for key, ask in asks.items()}
         groups: dict[float, list[str]] = {}
         for key, ask in asks.items():
             if len(prompts[key]) + 1 > room:
@@ -224,7 +227,13 @@ class Local(Writer):
                 )
                 for key, one in zip(some, found, strict=True):
                     self.usage.add(requests=1, prompt_tokens=one.prompt_tokens, new_tokens=one.new_tokens)
-                    yield key, Answer(one.text, one.finish, one.prompt_tokens, one.new_tokens)
+                    text = asks[key].opening + one.text
+                    yield key, Answer(text, one.finish, one.prompt_tokens, one.new_tokens)
+
+    def _prompt(self, ask: Ask) -> list[int]:
+        tokenizer = self._speaker.generator.tokenizer
+        opening = tokenizer(ask.opening, add_special_tokens=False)["input_ids"] if ask.opening else []
+        return [*self._speaker.prompt(ask.messages), *opening]
 
 
 def _weights_digest(generator) -> str:

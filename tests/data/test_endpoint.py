@@ -5,7 +5,7 @@ from email.utils import formatdate
 import pytest
 from fake_endpoint import FakeEndpoint, Misbehave
 
-from ftjax.data.endpoint import Endpoint, EndpointOptions
+from ftjax.data.endpoint import Endpoint, EndpointOptions, Models
 from ftjax.data.writer import Answers, Ask, Usage
 from ftjax.errors import UserError
 
@@ -346,3 +346,22 @@ def test_batches_keep_to_the_cost_limit(opened):
         done = sum(not a.failed for a in found)
         assert endpoint.usage.cost == pytest.approx(done * 3e-4) and endpoint.usage.cost <= 0.012
         assert 10 < done < 40 and len(fake.batches) > 1
+
+
+def test_a_key_goes_to_its_host_alone(monkeypatch, tmp_path):
+    monkeypatch.setenv("ONE", "first-key")
+    monkeypatch.setenv("TWO", "second-key")
+    with FakeEndpoint(echo) as one, FakeEndpoint(echo) as two, FakeEndpoint(echo) as three:
+        hosts = [fake.url.removeprefix("http://").removesuffix("/v1") for fake in (one, two)]
+        named = EndpointOptions(key_env=f"{hosts[0]}=ONE, {hosts[1]}=TWO", answers_dir=str(tmp_path))
+        models = Models(named, lambda name: pytest.fail(name))
+        for fake, sent in ((one, "Bearer first-key"), (two, "Bearer second-key"), (three, None)):
+            models.open(f"m@{fake.url}").answer([ask("x")])
+            assert fake.headers[0].get("Authorization") == sent
+        models = Models(
+            EndpointOptions(key_env="ONE", answers_dir=str(tmp_path)), lambda name: pytest.fail(name)
+        )
+        models.open(f"m@{one.url}")
+        models.open(f"other@{one.url}")
+        with pytest.raises(UserError, match="whose key is it"):
+            models.open(f"m@{two.url}")
