@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from test_synthesize import SESSIONS, UPLOADS, section
+from test_synthesize import UPLOADS, section
 
 from ftjax.data.synthesize import Synthesize, SynthesizeOptions
 from ftjax.data.writer import Answers, Ask, Local, Usage
@@ -59,22 +59,22 @@ def test_smollm2(tmp_path):
         votes=1,
         tries=2,
         count=2,
-        max_tokens=200,
+        max_tokens=96,
         temperature=0.0,
         answers_dir=str(tmp_path),
     )
     step = OnThisMachine(options)
-    sections = [section(UPLOADS), section(SESSIONS, 1)]
+    sections = [section(UPLOADS)]
     estimate = step.decide([step.facts(sections, 0)])
     judged = list(step.apply(iter(sections), estimate, 0))
     tally = step.tally()
     # 135 M parameters seldom write what was asked for; whatever they write is accounted for
-    assert tally.sections == tally.asked["qa"] == 2 and estimate["writing"] == 2
+    assert tally.sections == tally.asked["qa"] == 1 == estimate["writing"]
     kept = sum(j.record is not None for j in judged)
     assert len(judged) == tally.unread["qa"] + tally.written["qa"] and kept == tally.passed["qa"]["judge"]
     assert all(j.verdicts[0].code.startswith("S") for j in judged if j.record is None)
     used = step.summary(estimate)["used"]
-    assert used["requests"] >= 2 and used["new_tokens"] > 10 and used["cost"] == 0
+    assert used["requests"] >= 1 and used["new_tokens"] > 10 and used["cost"] == 0
     # the base's part by itself, since it may be that no pair got so far
     base = step.roles().base
     assert base is not None
