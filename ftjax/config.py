@@ -17,7 +17,7 @@ import pathlib
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import pydantic
@@ -365,7 +365,7 @@ def _read_file(path: str) -> _Document:
     places: dict[Path, str] = {}
     value = _parse(text, path, places)
     if value is None:
-        raise UserError(f"{path} is empty; a config needs at least `model` and `data.train`")
+        raise UserError(f"{path} is empty; a config of a run needs at least `model` and `data.train`")
     if not isinstance(value, dict):
         raise UserError(f"{places[()]}: a config is a mapping of keys to values, this is {_given(value)}")
     return _Document(value, places)
@@ -500,13 +500,16 @@ def _all_keys(tp, prefix: Path = ()) -> list[Path]:
     return keys
 
 
-def _unknown(cls: type[RunConfig], path: Path) -> str:
+def _unknown(cls: type, path: Path) -> str:
     """Message for a key that the section does not have."""
     *section, key = path
     valid = [
         name for tp in _types_at(cls, tuple(section)) if dataclasses.is_dataclass(tp) for name in _fields(tp)
     ]
-    recipe = next((r for r, other in RECIPES.items() if not section and key in _fields(other)), None)
+    trains = cls in RECIPES.values()
+    recipe = next(
+        (r for r, other in RECIPES.items() if trains and not section and key in _fields(other)), None
+    )
     near = difflib.get_close_matches(str(key), valid, 1, 0.6)
     known = _all_keys(cls)
     exact = [p for p in known if p[-1] == key]
@@ -545,7 +548,7 @@ def _value_at(value, path: Path):
     return functools.reduce(lambda v, part: v[part], path, value)
 
 
-def _explain(cls: type[RunConfig], document: _Document, error: pydantic.ValidationError) -> UserError:
+def _explain(cls: type, document: _Document, error: pydantic.ValidationError) -> UserError:
     complaints: dict[Path, str] = {}
     for one in error.errors(include_url=False):
         loc, kind = one["loc"], one["type"]
@@ -597,7 +600,59 @@ def _doc(cls, path: Path) -> str:
     return ""
 
 
+def _checked(cls, document: _Document) -> Any:
+    try:
+        # from JSON, because in strict mode pydantic takes a list for a tuple only there
+        return _adapter(cls).validate_json(json.dumps(document.value, default=str), strict=True)
+    except pydantic.ValidationError as e:
+        raise _explain(cls, document, e) from None
+
+
 # -- The public functions
+
+
+def load_as(
+    cls: type, path: str | os.PathLike, overrides: Sequence[str] = (), prepared=lambda values: values
+):
+    """The options of a dataclass from a YAML file and `key.sub=value` overrides, checked as configs are;
+    `prepared` may rewrite the plain values before that."""
+    document = _read_file(os.fspath(path))
+    for text in overrides:
+        _override(document, text)
+    document.value = prepared(document.value)
+    return _checked(cls, document)
+
+
+def from_flags(cls: type, given: Mapping[str, Any]):
+    """The options of a dataclass from command-line flags {field: text, list of texts or bool}, checked as
+    configs are. Text is read as YAML where the field is not text."""
+    values, places = {}, {}
+    for name, value in given.items():
+        flag = flag_of(name)
+        types = _options(_fields(cls)[name])
+
+        def scalar(text, types, flag=flag):
+            is_text = isinstance(text, str) and str in types
+            return _parse(text, flag, {}, lines=False) if isinstance(text, str) and not is_text else text
+
+        if isinstance(value, list):
+            inner = [i for tp in types for arg in typing.get_args(tp)[:1] for i in _options(arg)]
+            values[name] = [scalar(one, inner) for one in value]
+        else:
+            values[name] = scalar(value, types)
+        places[(name,)] = flag
+    return _checked(cls, _Document(values, places))
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def described(cls: type) -> Iterator[tuple[str, tuple, str, Any]]:
+    """(name, types, docstring, default or dataclasses.MISSING) of each field of a dataclass of options."""
+    for one in dataclasses.fields(cls):
+        default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
+        yield one.name, _options(_fields(cls)[one.name]), _doc(cls, (one.name,)), default
 
 
 def load(
@@ -625,11 +680,7 @@ def load(
         raise UserError(f"{document.place(('recipe',))}: recipe: expected {expected}, got {_given(written)}")
     cls = RECIPES[recipe]
     document.value.setdefault("output", f"runs/{pathlib.Path(path).stem if path else recipe}")
-    try:
-        # from JSON, because in strict mode pydantic takes a list for a tuple only there
-        config = _adapter(cls).validate_json(json.dumps(document.value, default=str), strict=True)
-    except pydantic.ValidationError as e:
-        raise _explain(cls, document, e) from None
+    config = _checked(cls, document)
     dead = without_effect(config)
     lines = []
     for at, place in document.places.items():

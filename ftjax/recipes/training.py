@@ -42,7 +42,7 @@ from ftjax.data.stream import StreamLoader
 from ftjax.errors import UserError
 from ftjax.models import Model
 from ftjax.recipes import card, folder, program
-from ftjax.recipes.data import summary
+from ftjax.recipes.data.render import summary
 
 
 def main(argv: list[str], recipe: str, make_loss, *, preference: bool = False) -> int:

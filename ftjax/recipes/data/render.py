@@ -1,43 +1,31 @@
-"""The verb `ftjax data`: look at training data as the model will see it."""
+"""`ftjax data render FILE --model MODEL`: training data as the model will see it."""
 
 import argparse
 from itertools import groupby
 from pathlib import Path
 
 from ftjax.data.options import DataOptions, DataSource
-from ftjax.errors import UserError
+from ftjax.recipes.data import stage
 
 
 def main(argv: list[str]) -> None:
-    """Runs `ftjax data VERB …`; raises UserError."""
-    parser = argparse.ArgumentParser(prog="ftjax data", description="Look at training data.")
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    render = verbs.add_parser(
-        "render", help="show examples as tokens, the trained ones in colour, and count what a file comes to"
+    """Runs the verb; raises UserError."""
+    parser = argparse.ArgumentParser(
+        prog="ftjax data render",
+        description="Show examples as tokens, the trained ones in colour, and count what a file comes to.",
     )
-    render.add_argument("file", help="a .jsonl, .json, .csv, .parquet or .txt file, or the id of a data set")
-    render.add_argument(
+    stage.add_sources(parser, 1)
+    parser.add_argument(
         "--model", required=True, help="whose tokenizer and template: a folder, hub id or .gguf file"
     )
-    render.add_argument("--n", type=int, default=3, help="how many examples to show (default 3)")
-    render.add_argument("--max-length", type=int, default=DataOptions("").max_length, help="tokens in a row")
-    render.add_argument("--format", help="the rows' format, where it is not to be detected")
-    render.add_argument(
+    parser.add_argument("--n", type=int, default=3, help="how many examples to show (default 3)")
+    parser.add_argument("--max-length", type=int, default=DataOptions("").max_length, help="tokens in a row")
+    parser.add_argument(
         "--chat-template", help='a Jinja file instead of the tokenizer\'s template, or "none"'
     )
-    render.add_argument("--train-on", choices=["assistant", "last", "all"], default="assistant")
-    render.add_argument("--split", help="split of a data set")
-    render.add_argument(
-        "--column", action="append", default=[], metavar="OURS=THEIRS", help="rename a column"
-    )
+    parser.add_argument("--train-on", choices=["assistant", "last", "all"], default="assistant")
     arguments = parser.parse_args(argv)
-    columns = {}
-    for pair in arguments.column:
-        ours, equals, theirs = pair.partition("=")
-        if not equals:
-            raise UserError(f"--column {pair}: write OURS=THEIRS, e.g. --column prompt=question")
-        columns[ours] = theirs
-    source = DataSource(arguments.file, format=arguments.format, split=arguments.split, columns=columns)
+    source = stage.sources(arguments)[0]
     options = DataOptions(
         train=[source],
         max_length=arguments.max_length,

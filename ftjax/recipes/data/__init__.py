@@ -1,0 +1,63 @@
+"""The verb `ftjax data`: from raw examples, logs or documents to a training set, with its proof."""
+
+import difflib
+import importlib
+from typing import NamedTuple
+
+from ftjax.errors import UserError
+
+
+class Verb(NamedTuple):
+    about: str
+    module: str
+    """Whose `main(argv)` it is; a verb of STEPS has none."""
+
+
+class StepVerb(NamedTuple):
+    about: str
+    step: str
+    """ "module:class" of the Step; its options class is the Step's `Options`."""
+
+
+STEPS: dict[str, StepVerb] = {}
+"""What chains: each is a verb over files and a key in a recipe of `prepare`."""
+
+VERBS = {
+    "render": Verb("show examples as the model sees them, the trained tokens coloured", "render"),
+    "prepare": Verb("a recipe of sources and steps to a finished set, resumed where it stopped", "prepare"),
+}
+
+
+def main(argv: list[str]) -> int:
+    """Runs `ftjax data VERB …`; raises UserError."""
+    verbs = {**VERBS, **STEPS}
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        width = max(map(len, verbs))
+        lines = "\n".join(f"  {name:<{width}}  {verb.about}" for name, verb in sorted(verbs.items()))
+        print(f"Prepare and look at training data.\n\nUsage: ftjax data VERB …\n\n{lines}\n\n{_MORE}")
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in verbs:
+        near = difflib.get_close_matches(name, verbs, 1, 0.5)
+        hint = f"; did you mean ftjax data {near[0]}?" if near else ""
+        raise UserError(f"there is no verb `data {name}`{hint} (verbs: {', '.join(sorted(verbs))})")
+    if name in STEPS:
+        from ftjax.recipes.data import stage
+
+        return stage.main(name, rest)
+    return importlib.import_module(f"ftjax.recipes.data.{VERBS[name].module}").main(rest) or 0
+
+
+_MORE = """\
+First steps:
+  ftjax data inspect FILE                        what it holds, and what is wrong with it
+  ftjax data prepare RECIPE.yaml                 clean, deduplicate, split and describe it
+
+Exit codes: 0 done, 3 done and some rows were in error, others as of ftjax.
+`ftjax data VERB --help` says more."""
+
+
+def load_step(name: str) -> type:
+    """The Step class of a key of STEPS."""
+    module, _, cls = STEPS[name].step.partition(":")
+    return getattr(importlib.import_module(module), cls)

@@ -1,0 +1,167 @@
+"""`ftjax data prepare RECIPE.yaml`: sources and steps, one after another, to a finished set with its report.
+
+    output: prepared/support
+    sources:
+      - {path: chats.jsonl, license: MIT}
+    steps:
+      - validate: {target: openai}
+      - filter
+      - dedup: {on: prompt}
+      - split: {eval: 0.1}
+
+Each stage is kept in OUTPUT/.stages under a hash of what it is made from: the same command goes on where it
+stopped, and after a change does again only what depends on it.
+"""
+
+import argparse
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ftjax import config
+from ftjax.data import engine, pipeline, read, write
+from ftjax.data.options import DataSource
+from ftjax.data.record import Judged
+from ftjax.data.steps import Part
+from ftjax.errors import UserError
+from ftjax.recipes.data import STEPS, load_step, stage
+
+REPORT = "report.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source(DataSource):
+    """A file or data set to prepare."""
+
+    license: str | None = None
+    """What its rows may be used under; kept with each of them, and on the card."""
+    tags: dict[str, str] = field(default_factory=dict)
+    """Put into every record's meta, e.g. {team: billing}."""
+
+
+def step_entry() -> type:
+    """The type of an entry of `steps`: one of the names, with its options."""
+    fields = [
+        (name, load_step(name).Options | None, field(default=None))
+        for name in STEPS  # type: ignore[operator]
+    ]
+    entry = dataclasses.make_dataclass("StepEntry", fields, frozen=True)
+    entry.__pydantic_config__ = config.STRICT  # type: ignore[attr-defined]
+    return entry
+
+
+def recipe_type() -> type:
+    """The type of a whole recipe."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Recipe:
+        __pydantic_config__: ClassVar = config.STRICT
+
+        output: str
+        """The folder for the set: a file for each split, report.json and what steps add."""
+        sources: list[Source]
+        """What is read, in this order."""
+        steps: list[step_entry()]  # type: ignore[valid-type]
+        """What is done, in this order."""
+        format: str = "ftjax"
+        """The format that is written."""
+        processes: int = 0
+        """Parts worked on at once; 0: one for each core."""
+        engine: str = "local"
+        """Who runs the parts: local (processes) or ray."""
+        rows_per_part: int = stage.ROWS_PER_PART
+        """Rows that are worked on at a time."""
+
+    return Recipe
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A part whose records get a source's licence and tags."""
+
+    part: Part
+    meta: tuple[tuple[str, Any], ...]
+
+    def key(self) -> str:
+        return f"{self.part.key()}{self.meta}"
+
+    def judged(self) -> Iterator[Judged]:
+        for judged in self.part.judged():
+            if judged.record is not None:
+                judged.record.meta = {**judged.record.meta, **dict(self.meta)}
+            yield judged
+
+
+def main(argv: list[str]) -> int:
+    """Runs the recipe; the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="ftjax data prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", metavar="RECIPE.yaml")
+    parser.add_argument("settings", nargs="*", metavar="key.sub=value", help="overrides, later ones winning")
+    parser.add_argument("--overwrite", action="store_true", help="forget what an earlier run kept")
+    arguments = parser.parse_args(argv)
+    recipe: Any = config.load_as(recipe_type(), arguments.recipe, arguments.settings, _entries)
+    output = Path(recipe.output).expanduser()
+    _may_write(output)
+    if arguments.overwrite:
+        shutil.rmtree(output / ".stages", ignore_errors=True)
+    write.check(output, recipe.format)
+    parts: list[Part] = []
+    for source in recipe.sources:
+        meta = {**({"license": source.license} if source.license else {}), **source.tags}
+        read_parts = read.parts(source, recipe.rows_per_part)
+        parts += [Labelled(part, tuple(meta.items())) for part in read_parts] if meta else read_parts
+    runner = engine.open_engine(recipe.engine, recipe.processes)
+    stages: list[pipeline.Stage] = []
+    with stage.progress() as said:
+        for entry in recipe.steps:
+            name, options = _chosen(entry)
+            step = load_step(name)(options)
+            made = pipeline.run(step, parts, output / ".stages", runner, said)
+            stages.append(made)
+            print("\n".join(stage.summary(made, [])), flush=True)
+            parts = list(made.parts)
+    if not stages:
+        raise UserError(f"{arguments.recipe}: steps is empty; the least is `steps: [validate]`")
+    written = write.write(stages[-1].records(), output, recipe.format)
+    stage.write_report(output / REPORT, stages, written, recipe.sources)
+    print("\n".join(line for one in written for line in stage.said_of(one)))
+    print(f"every verdict is in {output / REPORT}")
+    return 0
+
+
+def _entries(values: Any) -> Any:
+    """`- dedup` and `- dedup:` are `- dedup: {}`."""
+    if isinstance(values, dict) and isinstance(values.get("steps"), list):
+        entries = [{entry: {}} if isinstance(entry, str) else entry for entry in values["steps"]]
+        values["steps"] = [
+            {name: {} if options is None else options for name, options in entry.items()}
+            if isinstance(entry, dict)
+            else entry
+            for entry in entries
+        ]
+    return values
+
+
+def _chosen(entry: Any) -> tuple[str, Any]:
+    given = [(f.name, getattr(entry, f.name)) for f in dataclasses.fields(entry)]
+    given = [(name, options) for name, options in given if options is not None]
+    if len(given) != 1:
+        names = ", ".join(name for name, _ in given) or "none"
+        raise UserError(f"steps: each entry is one step with its options; one entry has {names}")
+    return given[0]
+
+
+def _may_write(output: Path) -> None:
+    if output.is_file():
+        raise UserError(f"output {output} is a file; it has to be a folder")
+    ours = {REPORT, ".stages"}
+    if output.is_dir() and (found := {p.name for p in output.iterdir()}) and not found & ours:
+        raise UserError(
+            f"output {output} holds {', '.join(sorted(found)[:3])} and nothing of `ftjax data prepare`: name "
+            "another folder"
+        )
