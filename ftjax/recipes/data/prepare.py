@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ftjax import config
-from ftjax.data import engine, pipeline, read, write
+from ftjax.data import engine, extract, pipeline, read, write
+from ftjax.data.extract import ExtractOptions
 from ftjax.data.options import DataSource
 from ftjax.data.record import Judged
 from ftjax.data.steps import Part
@@ -40,6 +41,22 @@ class Source(DataSource):
     """What its rows may be used under; kept with each of them, and on the card."""
     tags: dict[str, str] = field(default_factory=dict)
     """Put into every record's meta, e.g. {team: billing}."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Documents:
+    """Documents to cut into sections (plain text, for `synthesize` or continued pre-training)."""
+
+    __pydantic_config__: ClassVar = config.STRICT
+
+    documents: list[str]
+    """Files, folders, pages or sitemaps."""
+    extract: ExtractOptions = field(default_factory=ExtractOptions)
+    """How they are found and cut."""
+    license: str | None = None
+    """What they may be used under."""
+    tags: dict[str, str] = field(default_factory=dict)
+    """Put into every record's meta."""
 
 
 def step_entry() -> type:
@@ -62,7 +79,7 @@ def recipe_type() -> type:
 
         output: str
         """The folder for the set: a file for each split, report.json and what steps add."""
-        sources: list[Source]
+        sources: list[Source | Documents]
         """What is read, in this order."""
         steps: list[step_entry()]  # type: ignore[valid-type]
         """What is done, in this order."""
@@ -113,8 +130,12 @@ def main(argv: list[str]) -> int:
     parts: list[Part] = []
     for source in recipe.sources:
         meta = {**({"license": source.license} if source.license else {}), **source.tags}
-        read_parts = read.parts(source, recipe.rows_per_part)
-        parts += [Labelled(part, tuple(meta.items())) for part in read_parts] if meta else read_parts
+        if isinstance(source, Documents):
+            with stage.progress() as said:
+                found = extract.parts_of(source.documents, source.extract, said)
+        else:
+            found = read.parts(source, recipe.rows_per_part)
+        parts += [Labelled(part, tuple(meta.items())) for part in found] if meta else found
     runner = engine.open_engine(recipe.engine, recipe.processes)
     stages: list[pipeline.Stage] = []
     with stage.progress() as said:
