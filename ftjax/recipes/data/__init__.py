@@ -19,7 +19,12 @@ class StepVerb(NamedTuple):
     """ "module:class" of the Step; its options class is the Step's `Options`."""
 
 
-STEPS: dict[str, StepVerb] = {}
+STEPS: dict[str, StepVerb] = {
+    "synthesize": StepVerb(
+        "question-answer, instruction and preference examples from the sections of documents",
+        "ftjax.data.synthesize:Synthesize",
+    ),
+}
 """What chains: each is a verb over files and a key in a recipe of `prepare`."""
 
 VERBS = {

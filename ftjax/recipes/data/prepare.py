@@ -16,7 +16,7 @@ stopped, and after a change does again only what depends on it.
 import argparse
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,8 +25,8 @@ from ftjax import config
 from ftjax.data import engine, extract, pipeline, read, write
 from ftjax.data.extract import ExtractOptions
 from ftjax.data.options import DataSource
-from ftjax.data.record import Judged
-from ftjax.data.steps import Part
+from ftjax.data.record import Judged, Record
+from ftjax.data.steps import Part, Step
 from ftjax.errors import UserError
 from ftjax.recipes.data import STEPS, load_step, stage
 
@@ -59,6 +59,15 @@ class Documents:
     """Put into every record's meta."""
 
 
+class Read(Step):
+    """The records as they are: sources are read, fetched and extracted once, whatever follows."""
+
+    name = "read"
+
+    def apply(self, records: Iterable[Record], decision: Any, part: int) -> Iterator[Judged]:
+        return map(Judged, records)
+
+
 def step_entry() -> type:
     """The type of an entry of `steps`: one of the names, with its options."""
     fields = [
@@ -81,7 +90,7 @@ def recipe_type() -> type:
         """The folder for the set: a file for each split, report.json and what steps add."""
         sources: list[Source | Documents]
         """What is read, in this order."""
-        steps: list[step_entry()]  # type: ignore[valid-type]
+        steps: list[step_entry()] = field(default_factory=list)  # type: ignore[valid-type]
         """What is done, in this order."""
         format: str = "ftjax"
         """The format that is written."""
@@ -139,15 +148,12 @@ def main(argv: list[str]) -> int:
     runner = engine.open_engine(recipe.engine, recipe.processes)
     stages: list[pipeline.Stage] = []
     with stage.progress() as said:
-        for entry in recipe.steps:
-            name, options = _chosen(entry)
-            step = load_step(name)(options)
+        chosen = [_chosen(entry) for entry in recipe.steps]
+        for step in [Read(None), *(load_step(name)(options) for name, options in chosen)]:
             made = pipeline.run(step, parts, output / ".stages", runner, said)
             stages.append(made)
             print("\n".join(stage.summary(made, [])), flush=True)
             parts = list(made.parts)
-    if not stages:
-        raise UserError(f"{arguments.recipe}: steps is empty; the least is `steps: [validate]`")
     written = write.write(stages[-1].records(), output, recipe.format)
     stage.write_report(output / REPORT, stages, written, recipe.sources)
     print("\n".join(line for one in written for line in stage.said_of(one)))

@@ -187,7 +187,7 @@ def said_of(one: write.Output) -> list[str]:
 
 def one_line(verdict: dict[str, Any]) -> str:
     """ "file.jsonl:12 messages[1]: what was found there"."""
-    place = f"{verdict['source']}:{verdict['line']}" if verdict["source"] else ""
+    place = f"{verdict['source']}:{verdict['line']}" if verdict["line"] else verdict["source"]
     text = f"{place} {verdict['path']}".strip() + ": " + verdict["text"]
     return text if len(text) <= 160 else text[:157] + "…"
 
