@@ -22,12 +22,13 @@ class BadExample(UserError):
 
 _REASONS = {
     "E011": "wrong_role",
-    "E017": "wrong_role",
+    "W120": "wrong_role",
     "E013": "empty_content",
     "W105": "empty_content",
     "E014": "no_assistant",
     "E041": "equal_pair",
 }
+_UNFIT = ("W105", "W120")  # for training, where other targets may take them
 _UNTRAINABLE = {
     "prompt_only": "a prompt without an answer",
     "stepwise": "steps with labels, for a model that rewards processes",
@@ -44,7 +45,7 @@ def to_record(values: dict[str, Any], format: str, where: str) -> Record:
 def _trainable(values: dict[str, Any], format: str, where: str) -> tuple[Record, list[Verdict]]:
     found = Findings()
     record = formats.read(values, format, found)
-    wrong = next((v for v in found if v.severity == "error" or v.code == "W105"), None)
+    wrong = next((v for v in found if v.severity == "error" or v.code in _UNFIT), None)
     if wrong is not None:
         raise BadExample(_REASONS.get(wrong.code, "format"), where, wrong.text)
     assert record is not None

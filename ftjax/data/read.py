@@ -498,7 +498,7 @@ def _csv(path: Path, span: _Span = _WHOLE, careful: bool = False, delimiter: str
                 elif careful and any("\udc80" <= c <= "\udcff" for v in values.values() for c in v):
                     yield _broken(path, line, done(), "E001", "not UTF-8 text; convert the file to UTF-8")
                 else:
-                    yield Row(line, dict(values), done())
+                    yield Row(line, {k: _cell(v) for k, v in values.items()}, done())
                 line = reader.line_num + 1
         except UnicodeDecodeError:
             raise UserError(f"{path}: not UTF-8 text; convert the file to UTF-8") from None
@@ -506,6 +506,16 @@ def _csv(path: Path, span: _Span = _WHOLE, careful: bool = False, delimiter: str
             if not careful:
                 raise UserError(f"{path}: broken CSV: {e}") from None
             yield _broken(path, line, done(), "E002", f"broken CSV: {e}; the rest of the file is not read")
+
+
+def _cell(text: str) -> Any:
+    """The text, or the messages that ftjax.data.write puts into a cell as JSON."""
+    if not text.startswith('[{"role": '):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def _tsv(path: Path, span: _Span = _WHOLE, careful: bool = False) -> Iterator[Row]:

@@ -126,6 +126,9 @@ def read(values: dict[str, Any], format: str, found: Findings) -> Record | None:
     return record if found.error is None else None
 
 
+_PAIRS = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))
+
+
 def writer(format: str) -> Callable[[Record], Written]:
     """A function that gives a record as rows of the format, cast to a task that the format has where it has
     to be (preference -> two unpaired rows …), and what is lost on the way."""
@@ -140,8 +143,14 @@ def writer(format: str) -> Callable[[Record], Written]:
             written = one.write(record_)
             if written.refused:
                 return written
+            for good, bad in _PAIRS:
+                if any(good in row and row[good] == row[bad] for row in written.rows):
+                    text = "chosen and rejected differ only in what the format can't say"
+                    return Written(refused=("E041", text))
             out.rows += written.rows
-            out.losses += [x for x in written.losses if x not in out.losses]
+            out.losses += [x for x in dict.fromkeys(written.losses) if x not in out.losses]
+        if "weight" in out.losses and "fractional weight" in out.losses:
+            out.losses.remove("fractional weight")
         return out
 
     return write

@@ -71,7 +71,7 @@ def _history(history: Any, found: Findings) -> list[dict]:
 
 
 def _write(record: Record) -> Written:
-    losses = lost(record, raw=True)
+    losses = lost(record, record.raw)
     asked = list(record.messages)
     answers = [record.chosen, record.rejected] if record.task == "preference" else [[asked.pop()]]
     row: dict[str, Any] = {}
@@ -113,8 +113,8 @@ def _write(record: Record) -> Written:
     }
     if record.task == "unpaired":
         row["kto_tag"] = record.label
-    begin = () if pairs or "system" in row else (row["instruction"] + "\n\n", *(row[n] for n in names))
-    if record.raw and record.raw != begin:
+    raw = None if pairs or "system" in row else (row["instruction"] + "\n\n", *(row[n] for n in names))
+    if record.raw != raw:
         losses.append("raw")
     return Written([row], losses)
 

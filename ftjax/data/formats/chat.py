@@ -15,12 +15,12 @@ def read(values: dict[str, Any], found: Findings) -> Record:
     return Record("sft", messages, tools=tools_of(values, found), meta=rest(values, KNOWN))
 
 
-def lost(record: Record, weight: bool = False, raw: bool = False) -> list[str]:
-    """What a row without a place for it loses of the record as a whole."""
+def lost(record: Record, raw: tuple | None = None) -> list[str]:
+    """What a row loses of the record as a whole; `raw` is what reading the row will give."""
     losses = ["meta"] if record.meta else []
-    if record.weight != 1 and not weight:
+    if record.weight != 1:
         losses.append("example weight")
-    if record.raw and not raw:
+    if record.raw != raw:
         losses.append("raw")
     return losses
 

@@ -40,7 +40,7 @@ LOSSES: dict[str, str] = {
     "example weight": "the weight of the example",
     "weight": "message weights",
     "fractional weight": "message weights between 0 and 1, and above (0 or 1 is written)",
-    "raw": "that the row was plain strings, without a chat",
+    "raw": "how the row reads without a chat template",
     "tools": "descriptions of tools",
     "tool calls": "tool calls and their results",
     "tool call ids": "the ids of tool calls (new ones are made)",

@@ -27,7 +27,22 @@ def conversation(messages: Any, found: Findings, path: str = "messages") -> list
             found.add("E010", path, f"{path} has to be a list of {{role, content}} that is not empty")
         return []
     read = [_message(m, f"{path}[{i}]", found) for i, m in enumerate(messages)]
-    return [m for m in read if m is not None]
+    return _named([m for m in read if m is not None])
+
+
+def _named(messages: list[dict]) -> list[dict]:
+    """The messages with each tool's message named after its call, as templates want it: by its id, or in the
+    calls' order where it has none."""
+    waiting: list[tuple[Any, str]] = []
+    for message in messages:
+        waiting += [(c.get("id"), c["function"]["name"]) for c in message.get("tool_calls", ())]
+        if message["role"] != "tool":
+            continue
+        id = message.get("tool_call_id")
+        at = next((i for i, w in enumerate(waiting) if id is None or w[0] == id), None)
+        if at is not None:
+            message.setdefault("name", waiting.pop(at)[1])
+    return messages
 
 
 def _message(message: Any, path: str, found: Findings) -> dict | None:
@@ -50,12 +65,8 @@ def _message(message: Any, path: str, found: Findings) -> dict | None:
     }
     if role != "assistant":
         if message.get("weight"):
-            found.add(
-                "E017",
-                f"{path}.weight",
-                f"{path} has a weight, but only assistant messages are trained on",
-            )
-            return None
+            text = f"{path} has a weight, but only assistant messages are trained on"
+            found.add("W120", f"{path}.weight", text)
         if isinstance(content, str) and not content.strip() and role == "user":
             found.add("E013", f"{path}.content", f"{path} ({role}) has an empty content")
             return None
@@ -216,8 +227,7 @@ def as_messages(value: Any, role: str, path: str, found: Findings) -> list[dict]
         if not value.strip():
             found.add("E013", path, f"{path} is empty")
             return []
-        if not value.startswith('[{"role": '):  # messages in a cell of a CSV file, as they are written there
-            return [{"role": role, "content": value}]
+        return [{"role": role, "content": value}]
     return conversation(value, found, path)
 
 

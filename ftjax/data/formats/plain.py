@@ -65,7 +65,7 @@ def _write_qa(record: Record) -> Written:
             refused=("E008", "a row of question and answer is one user message and one answer, of text")
         )
     raw = (f"{texts[0]}\n\n", texts[1])
-    losses = lost(record, raw=record.raw == raw)
+    losses = lost(record, raw)
     return Written([{"question": texts[0], "answer": texts[1]}], losses)
 
 
@@ -111,11 +111,11 @@ def _write_hh(record: Record) -> Written:
                 return Written(refused=("E008", "a dialogue of hh has only Human and Assistant"))
             if not isinstance(content, str):
                 return Written(refused=("E030", "a dialogue of hh can't hold images"))
-            if _DIALOGUE.search(f"\n\n{content}") or not content.strip():
+            if _DIALOGUE.search(content.strip()) or not content.strip():
                 return Written(
                     refused=("E008", "a text that begins a turn of its own, or none, has no form in hh")
                 )
-            text += f"\n\n{'Human' if message['role'] == 'user' else 'Assistant'}: {content}"
+            text += f"\n\n{'Human' if message['role'] == 'user' else 'Assistant'}: {content.strip()}"
         rows[name] = text
     messages = asked + record.chosen + record.rejected
     if any(m["content"] != m["content"].strip() for m in messages):

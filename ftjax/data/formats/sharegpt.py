@@ -132,6 +132,10 @@ def _write(record: Record) -> Written:
     if not messages or (record.task != "preference" and messages[0]["role"] == "assistant"):
         return Written(refused=("E026", "a conversation begins with what is asked"))
     images: list[str] = []
+    called = [c["function"]["name"] for m in messages for c in m.get("tool_calls", ())]
+    answered = [m.get("name") for m in messages if m["role"] == "tool"]
+    if answered != called[: len(answered)]:
+        losses.append("name")
     turns = [turn for m in messages for turn in _turns(m, losses, images, record.task != "preference")]
     row = {"conversations": turns, **row}
     if record.task == "preference":
@@ -161,7 +165,7 @@ def _note(message: dict, losses: list[str]) -> None:
     if message.get("reasoning_content"):
         found.append("reasoning")
     extra = set(message) - {"role", "content", "weight", "tool_calls", "reasoning_content", "tool_call_id"}
-    if extra:
+    if extra - ({"name"} if message["role"] == "tool" else set()):
         found.append("name")
     calls = message.get("tool_calls") or []
     if "tool_call_id" in message or any("id" in call for call in calls):

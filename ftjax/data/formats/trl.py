@@ -57,7 +57,7 @@ def _written(record: Record, **more: Any) -> Written:
     texts = turn(record) if record.raw and not record.tools else None
     if texts:
         row = {"prompt": texts[0], "completion": texts[1], **more}
-        return Written([row], lost(record, raw=record.raw == texts))
+        return Written([row], lost(record, texts))
     first = next((i for i, m in enumerate(record.messages) if is_trained(m)), 0)
     if not first:
         return _REFUSED
@@ -92,7 +92,7 @@ def _read_prompt(values: dict[str, Any], found: Findings) -> Record:
 def _write_prompt(record: Record) -> Written:
     text = _asked(record)
     if record.raw and text is not None and not record.tools:
-        return Written([{"prompt": text}], lost(record, raw=record.raw == (text,)))
+        return Written([{"prompt": text}], lost(record, (text,)))
     if record.messages[-1]["role"] == "assistant":
         return Written(refused=("E042", "the prompt ends with an assistant's message"))
     return Written([with_tools({"prompt": _without_weights(record.messages)}, record)], lost(record))
@@ -124,11 +124,9 @@ def _read_preference(values: dict[str, Any], found: Findings) -> Record | None:
     chosen, rejected, prompt = values["chosen"], values["rejected"], values.get("prompt")
     meta = rest(values, ("prompt", "chosen", "rejected", "tools"))
     if prompt is None:
-        if isinstance(chosen, str) and isinstance(rejected, str):
-            if not (chosen.startswith('[{"role": ') and rejected.startswith('[{"role": ')):
-                text = "chosen and rejected are strings, so the row needs a prompt too"
-                found.add("E040", "prompt", text)
-                return None
+        if isinstance(chosen, str) or isinstance(rejected, str):
+            found.add("E040", "prompt", "chosen and rejected are strings, so the row needs a prompt too")
+            return None
         both = conversation(chosen, found, "chosen"), conversation(rejected, found, "rejected")
         return pair_of_conversations(*both, found, tools, meta)
     asked = as_messages(prompt, "user", "prompt", found)
@@ -147,15 +145,13 @@ def _read_preference(values: dict[str, Any], found: Findings) -> Record | None:
 
 
 def _write_preference(record: Record) -> Written:
-    losses = lost(record, raw=True)
+    losses = lost(record)
     answers = record.chosen, record.rejected
     one = [p[0]["content"] if len(p) == 1 and set(p[0]) == {"role", "content"} else None for p in answers]
     texts = (_asked(record), *one)
     if record.raw and None not in texts and not record.tools:
         row = dict(zip(("prompt", "chosen", "rejected"), texts, strict=True))
-        return Written([row], lost(record, raw=record.raw == texts))
-    if record.raw:
-        losses.append("raw")
+        return Written([row], lost(record, texts))
     row: dict[str, Any] = {"chosen": record.chosen, "rejected": record.rejected}
     if record.messages:
         row = {"prompt": _without_weights(record.messages), **row}
@@ -245,7 +241,7 @@ def _write_stepwise(record: Record) -> Written:
     if text is None or record.tools:
         return Written(refused=("E008", "a stepwise row's prompt is one user message of text"))
     row = {"prompt": text, "completions": record.completions, "labels": record.labels}
-    return Written([row], lost(record, raw=record.raw == (text,)))
+    return Written([row], lost(record, (text,)))
 
 
 STEPWISE = Format(
