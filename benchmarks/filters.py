@@ -359,8 +359,8 @@ def page(data: Path) -> str:
         "(benchmarks/planted.py). The rules for refusals know 17 of 20 phrasings planted; of the last 8, "
         "written before the rules were widened, they knew 1, and of unusual words they will miss as many. "
         "Cuts are at any place, so that many leave a whole sentence or a line of a sum behind, which nobody "
-        "could tell; F015 finds more of them. Look-alikes are what a finder must leave alone: a card number with "
-        "one digit wrong, a version, a date.",
+        "could tell; F015 finds more of them. Look-alikes are what a finder must leave alone: a card number "
+        "with one digit wrong, a version, a date.",
         "",
         "| code | | planted | found | recall | look-alikes | wrongly found |",
         "|---|---|---|---|---|---|---|",

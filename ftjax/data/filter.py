@@ -127,6 +127,7 @@ CHECKS = {  # the option that switches it, by code
 
 class Filter(Step):
     name = "filter"
+    Options = FilterOptions
 
     def __init__(self, options: FilterOptions):
         super().__init__(options)
@@ -212,7 +213,10 @@ class Filter(Step):
             return {}
         names = ("prompt_characters", "answer_characters")
         limits = {n: list(lim) for n, lim in zip(names, decision.limits, strict=True) if lim}
-        return {"usual_lengths": limits, "conflicting_prompts": len(decision.conflicts)}
+        return {
+            **({"usual_lengths": limits} if limits else {}),
+            "conflicting_prompts": len(decision.conflicts),
+        }
 
 
 # ── what is looked at ─────────────────────────────────────────────────────────────────────────────
@@ -343,6 +347,8 @@ def _label(record: Record, longest: int) -> tuple[int, int] | None:
     answer = _content(record.messages[-1])
     if not answer.strip() or len(answer) > longest or record.messages[-1].get("tool_calls"):
         return None
+    if defects.refusal(answer) or defects.placeholder(answer, ""):
+        return None  # said of it already
     prompt = "\x1f".join(" ".join(text_of(m).casefold().split()) for m in record.messages[:-1])
     return _hash(prompt), _hash(defects.normalised(answer) or answer.strip())
 

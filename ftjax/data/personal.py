@@ -11,7 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from ftjax.data.record import Judged, Record
@@ -52,9 +52,9 @@ class PersonalOptions:
 
     __pydantic_config__: ClassVar = {"extra": "forbid", "use_attribute_docstrings": True}
 
-    kinds: tuple[Kind, ...] = KINDS
-    """email, phone, ip, card, iban, ssn (US), credentials (in URLs), secret (API keys, tokens, passwords) and
-    private_key."""
+    kinds: list[Kind] = field(default_factory=list)
+    """email, phone, ip, card, iban, ssn (US), credentials (in URLs), secret (API keys, tokens, passwords),
+    private_key; all of them if absent."""
     mask: bool = False
     """Put [EMAIL_1], [PHONE_1] … in their place; within a row the same value gets the same number."""
     drop: bool = False
@@ -81,6 +81,7 @@ class Found(NamedTuple):
 
 class Personal(Step):
     name = "personal"
+    Options = PersonalOptions
 
     def apply(self, records: Iterable[Record], decision: Any, part: int) -> Iterator[Judged]:
         for record in records:
@@ -146,7 +147,7 @@ def find(text: str, options: PersonalOptions | None = None) -> list[Found]:
     digits = _DIGIT.search(text)
     many = digits and _MANY_DIGITS.search(text)
     for kind in KINDS:
-        if kind in options.kinds and (many if kind in _MANY else digits or kind not in _SOME):
+        if kind in (options.kinds or KINDS) and (many if kind in _MANY else digits or kind not in _SOME):
             for f in _FINDERS[kind](text, options.examples):
                 if all(f.end <= o.start or f.start >= o.end for o in out):
                     out.append(f)

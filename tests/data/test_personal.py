@@ -130,7 +130,7 @@ def test_flag_drop_and_kinds():
     assert j.record == record() and not j.changed and j.verdicts[0].code == "P001"
     (j,) = Personal(PersonalOptions(drop=True)).apply([record()], None, 0)
     assert j.record is None and j.verdicts
-    (j,) = Personal(PersonalOptions(kinds=("ip",), drop=True)).apply([record()], None, 0)
+    (j,) = Personal(PersonalOptions(kinds=["ip"], drop=True)).apply([record()], None, 0)
     assert j.record and not j.verdicts
     clean = Record("sft", [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     (j,) = Personal(PersonalOptions(mask=True)).apply([clean], None, 0)
@@ -138,7 +138,7 @@ def test_flag_drop_and_kinds():
     with pytest.raises(UserError, match="mask and drop"):
         PersonalOptions(mask=True, drop=True)
     with pytest.raises(UserError, match="no kind 'name'"):
-        PersonalOptions(kinds=("name",))  # type: ignore[arg-type]
+        PersonalOptions(kinds=["name"])  # type: ignore[arg-type]
 
 
 def test_values_that_belong_to_nobody_can_be_left():

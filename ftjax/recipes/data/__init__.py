@@ -20,6 +20,11 @@ class StepVerb(NamedTuple):
 
 
 STEPS: dict[str, StepVerb] = {
+    "filter": StepVerb(
+        "leave out or flag answers that are empty, refused, cut off, looping, broken …",
+        "ftjax.data.filter:Filter",
+    ),
+    "personal": StepVerb("find personal data and secrets, and mask them", "ftjax.data.personal:Personal"),
     "synthesize": StepVerb(
         "question-answer, instruction and preference examples from the sections of documents",
         "ftjax.data.synthesize:Synthesize",
