@@ -48,6 +48,27 @@ class Site(NamedTuple):
     """What only the frame says."""
 
 
+HEAD = """\
+# Extraction
+
+`python -m benchmarks.extract`, {date}: {machine}, selectolax {selectolax}. Debian's packages {packages},
+whole; {processes} processes, their start included; from files to sections of at most 1,500 tokens.
+
+- pages/s: by the clock, other work beside it; and alone: pages by seconds of CPU time, times the processes
+- pre: code blocks of two lines or more, and how many are in a section to the letter
+- words: of the main content's, what is left
+- navigation: pages with a line of the site's frame left
+- tokens: of a section, the median
+- given up: pages that gave nothing: X002 no text, X003 the same as another, X008 an index of links
+
+| site | pages | pages/s | alone | pre | to the letter | words | navigation | sections | tokens | given up |
+|---|---|---|---|---|---|---|---|---|---|---|"""
+PEERS_HEAD = """
+Beside other tools: one process each, no sections, the same {sample} pages of each site at even distances,
+seconds of CPU time; {peers}.
+
+| site | tool | pages/s | time, ours = 1 | pre | to the letter | words | navigation |
+|---|---|---|---|---|---|---|---|"""
 _NO_TEXT = "script,style,svg,button,input,select,textarea,.headerlink,.viewcode-link"
 _CONTENTS = ",.toctree-wrapper,.contents"
 SITES = (
@@ -184,6 +205,13 @@ def ours_of(paths: list[pathlib.Path], site: Site) -> Score:
     return score
 
 
+def versions_of(python: str) -> str:
+    code = (
+        f"from importlib.metadata import version as v; print(*(f'{{n}} {{v(n)}}' for n in {PEERS}), sep=', ')"
+    )
+    return subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
+
+
 def peer_of(tool: str, python: str, paths: list[pathlib.Path], site: Site) -> Score | None:
     command = [python, str(HERE / "peers" / "extract_html.py"), tool, *map(str, paths)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -198,6 +226,56 @@ def peer_of(tool: str, python: str, paths: list[pathlib.Path], site: Site) -> Sc
     return score
 
 
+RST_HEAD = """
+The same pages from their reStructuredText (`_sources`), without Sphinx and the projects: the HTML pages' code
+blocks that are in a code block to the letter. What Sphinx includes from other files or takes from docstrings
+is in no source; test flags that it takes out of examples are.
+
+| site | reader | pages | pages/s | pre | to the letter |
+|---|---|---|---|---|---|"""
+
+
+def rst_rows(site: Site, root: pathlib.Path) -> list[str]:
+    """A row of our reader, and one of docutils where it is installed."""
+    from ftjax.data.extract import rst
+
+    readers = {"ftjax": lambda source: rst.read(source).text}
+    try:
+        import docutils.core
+        from docutils import nodes
+    except ImportError:
+        print("docutils is not installed")
+    else:
+        quiet = {"report_level": 5, "halt_level": 5, "file_insertion_enabled": False}
+
+        def by_docutils(source: str) -> str:
+            tree = docutils.core.publish_doctree(source, settings_overrides=quiet)
+            return "\n".join(f"\n{n.astext()}\n" for n in tree.findall(nodes.FixedTextElement))
+
+        readers[f"docutils {metadata.version('docutils')}"] = by_docutils
+    folder = root / site.folder
+    pages = {p: folder / p.relative_to(folder / "_sources") for p in (folder / "_sources").rglob("*.rst.txt")}
+    html = {p: to.with_suffix("").with_suffix(".html") for p, to in pages.items()}
+    rows = []
+    for name, read in readers.items():
+        seconds, kept, blocks, count = 0.0, 0, 0, 0
+        for source, page in html.items():
+            if not page.exists():
+                continue
+            text = source.read_text(encoding="utf-8")
+            began = time.process_time()
+            made = read(text)
+            seconds += time.process_time() - began
+            pre = truth(page, site).pre
+            kept += sum(f"\n{block}\n" in made for block in pre)
+            blocks, count = blocks + len(pre), count + 1
+        rows.append(
+            f"| {site.name} | {name} | {count} | {count / seconds:.0f} | {blocks} | {kept / blocks:.2%} |"
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--docs")
@@ -208,39 +286,27 @@ def main() -> None:
     args = parser.parse_args()
     root = docs_folder(args.docs)
     out = [
-        "# Extraction\n",
-        f"`python -m benchmarks.extract`, {time.strftime('%Y-%m-%d')}: {os.cpu_count()} cores "
-        f"({platform.machine()}), Python {platform.python_version()}, selectolax "
-        f"{metadata.version('selectolax')}. Debian's packages {', '.join(PACKAGES)}, whole; {args.processes} "
-        "processes, their start included; from files to sections of at most 1,500 tokens.\n\n"
-        "- pages/s: by the clock, and if no other work had run beside it (pages by seconds of CPU time, times "
-        "the processes)\n"
-        "- pre: code blocks of two lines or more, and how many are in a section to the letter\n"
-        "- words: of the main content's, what is left\n"
-        "- navigation: pages with a line of the site's frame left\n"
-        "- given up: pages that gave nothing: X002 no text, X003 the same as another, X008 an index of links\n",
-        "| site | pages | pages/s | alone | pre | to the letter | words | navigation "
-        "| sections | tokens, median | given up |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        HEAD.format(
+            date=time.strftime("%Y-%m-%d"),
+            machine=f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}",
+            selectolax=metadata.version("selectolax"),
+            packages=", ".join(PACKAGES),
+            processes=args.processes,
+        )
     ]
     for site in SITES:
         score, ended, tokens = ours(site, root, args.processes)
         codes = ", ".join(f"{code} {number}" for code, number in sorted(ended.items())) or "-"
         pages = score.pages + ended["X003"]
         out.append(
-            f"| {site.name} | {pages} | {pages / score.wall:.0f} | {args.processes * pages / score.seconds:.0f} "
-            f"| {score.pre} | {score.share(score.kept)} "
+            f"| {site.name} | {pages} | {pages / score.wall:.0f} "
+            f"| {args.processes * pages / score.seconds:.0f} | {score.pre} | {score.share(score.kept)} "
             f"| {score.left / score.words:.1%} | {score.navigation} | {len(tokens)} "
             f"| {sorted(tokens)[len(tokens) // 2]} | {codes} |"
         )
         print(out[-1], flush=True)
     if args.peers:
-        out += [
-            f"\nBeside other tools: one process each, no sections, the same pages of each site ({args.sample} at "
-            "even distances), seconds of CPU time.\n",
-            "| site | tool | pages/s | time, ours = 1 | pre | to the letter | words | navigation |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
+        out.append(PEERS_HEAD.format(sample=args.sample, peers=versions_of(args.peers)))
         for site in SITES:
             paths = sample_of(site, root, args.sample)
             scores = {"ftjax": ours_of(paths, site)}
@@ -248,12 +314,14 @@ def main() -> None:
                 if (found := peer_of(tool, args.peers, paths, site)) is not None:
                     scores[tool] = found
             for tool, score in scores.items():
+                ratio = score.seconds / scores["ftjax"].seconds
                 out.append(
-                    f"| {site.name} | {tool} | {score.pages / score.seconds:.0f} | "
-                    f"{score.seconds / scores['ftjax'].seconds:.1f} | {score.pre} | {score.share(score.kept)} | "
-                    f"{score.left / score.words:.1%} | {score.navigation} |"
+                    f"| {site.name} | {tool} | {score.pages / score.seconds:.0f} | {ratio:.1f} "
+                    f"| {score.pre} | {score.share(score.kept)} "
+                    f"| {score.left / score.words:.1%} | {score.navigation} |"
                 )
                 print(out[-1], flush=True)
+    out += [RST_HEAD, *(row for site in SITES[:2] for row in rst_rows(site, root))]
     if args.write:
         (HERE / "results" / "extract.md").write_text("\n".join(out) + "\n")
 

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import subprocess
 import sys
 import zipfile
 
@@ -669,6 +670,33 @@ def test_documents_are_parts_of_a_pipeline(folder, tmp_path):
     assert before == parts_of([str(folder)], ExtractOptions())[0].key()
     (folder / "guide" / "b.md").write_text("# B\n\nother words\n")
     assert before != parts[0].key()
+
+
+def test_the_verb_writes_sections_and_accounts_for_every_document(folder, tmp_path, capsys):
+    from ftjax.cli import main
+
+    out, report = tmp_path / "sections.jsonl", tmp_path / "report.json"
+    arguments = ["--output", str(out), "--report", str(report), "--max-tokens", "200", "--processes", "1"]
+    assert main(["data", "extract", str(folder), *arguments]) == 3  # bad.ipynb is in error
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert rows == [
+        j.record.to_json() for j in extract([str(folder)], ExtractOptions(max_tokens=200)) if j.record
+    ]
+    made = json.loads(report.read_text())
+    (stage,) = made["stages"]
+    assert stage["kept"] == len(rows) == made["outputs"][0]["rows"] and stage["dropped"] == 4
+    assert {v["source"].removeprefix(f"{folder}/"): v["outcome"] for v in made["verdicts"]} == {
+        name: "dropped" for name in ("copy.html", "empty.md", "guide/bad.ipynb", "logo.png")
+    }
+    assert "X003 same_document" in capsys.readouterr().out
+    assert main(["data", "extract", str(folder), "--output", str(out), "--max-tokens", "ten"]) == 2
+    assert "--max-tokens" in capsys.readouterr().err
+
+
+def test_nothing_heavy_is_imported():
+    heavy = "{'jax', 'transformers', 'datasets', 'grain', 'torch', 'selectolax', 'pypdf'}"
+    code = f"import sys, ftjax.data.extract; assert not {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_sources_that_are_not_there_and_options_that_make_no_sense(tmp_path):

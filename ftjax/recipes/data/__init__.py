@@ -34,6 +34,7 @@ STEPS: dict[str, StepVerb] = {
 
 VERBS = {
     "render": Verb("show examples as the model sees them, the trained tokens coloured", "render"),
+    "extract": Verb("documents, sites and folders to clean sections", "extract"),
     "prepare": Verb("a recipe of sources and steps to a finished set, resumed where it stopped", "prepare"),
 }
 

@@ -33,9 +33,9 @@ def main(name: str, argv: list[str]) -> int:
     if arguments.output:
         write.check(arguments.output, arguments.to)
     parts = [part for source in found for part in read.parts(source, ROWS_PER_PART)]
-    with _work(arguments.output) as work, progress() as said:
+    with work(arguments.output) as folder, progress() as said:
         stage = pipeline.run(
-            step, parts, work, engine.open_engine(arguments.engine, arguments.processes), said
+            step, parts, folder, engine.open_engine(arguments.engine, arguments.processes), said
         )
         written = []
         if arguments.output:
@@ -118,7 +118,7 @@ def sources(arguments: argparse.Namespace) -> list[DataSource]:
 
 
 @contextlib.contextmanager
-def _work(output: str | None) -> Iterator[Path]:
+def work(output: str | None) -> Iterator[Path]:
     """A folder for the stage's files, beside the output, gone afterwards."""
     beside = Path(output).expanduser().absolute().parent if output else None
     if beside is not None:
