@@ -372,6 +372,16 @@ def load_tokenizer(source: Source, *, need_chat_template: bool = False):
     return tokenizer
 
 
+def tokenizer_of(model: str):
+    """The tokenizer of a model (folder, hub id or .gguf file), or of a folder that holds nothing else."""
+    folder = Path(model).expanduser()
+    if (folder / "tokenizer.json").is_file() and not (folder / "config.json").is_file():
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(folder)
+    return load_tokenizer(open_model(model))
+
+
 def check_names(source: Source, table: Table, shapes: bool = True) -> None:
     """UserError where the checkpoint's tensors are not those of the table, by name, dtype or, if `shapes`,
     shape."""

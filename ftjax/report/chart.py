@@ -4,7 +4,7 @@ import html
 import math
 import pathlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 
 class Series(NamedTuple):
@@ -136,40 +136,59 @@ def loss_svg(c: Curves) -> str:
     return "\n".join([*parts, "</svg>"])
 
 
+BLUE, ORANGE, INK, FAINT = "#2f5fd0", "#d9772b", "#33383f", "#dfe3e8"
+
+
+def figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure, in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(width, height), dpi=150, facecolor="white", layout="constrained")
+    FigureCanvasAgg(made)
+    return made
+
+
+def plain(axes: Any, grid: Literal["x", "y"] = "y") -> None:
+    """Axes without a frame, with faint lines across."""
+    axes.grid(axis=grid, color=FAINT, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, length=0, labelsize=9)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    axes.margins(x=0.01)
+
+
+def save(figure: Any, path: pathlib.Path) -> None:
+    """As a PNG that is there whole or not at all."""
+    beside = path.with_name(f".{path.name}.tmp")
+    figure.savefig(beside, format="png")
+    beside.replace(path)
+
+
 def loss_png(c: Curves, path: pathlib.Path, title: str) -> None:
     """Draw it with matplotlib; nothing where nothing was trained."""
     if not c.train.x:
         return
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    blue, orange, ink, faint = "#2f5fd0", "#d9772b", "#33383f", "#dfe3e8"
-    figure = Figure(figsize=(8, 4.8), dpi=150, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    loss.plot(*c.train, color=blue, alpha=0.25, linewidth=1)
-    loss.plot(*c.smooth, color=blue, linewidth=2, label="train")
+    drawn = figure(8, 4.8)
+    loss, rate = drawn.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    loss.plot(*c.train, color=BLUE, alpha=0.25, linewidth=1)
+    loss.plot(*c.smooth, color=BLUE, linewidth=2, label="train")
     if c.eval.x:
-        loss.plot(*c.eval, color=orange, linewidth=1.6, marker="o", markersize=4, label="eval")
+        loss.plot(*c.eval, color=ORANGE, linewidth=1.6, marker="o", markersize=4, label="eval")
     loss.set_ylim(*limits(c))
-    loss.set_ylabel("loss", color=ink)
-    loss.set_title(title, loc="left", color=ink, fontsize=11, fontweight="bold")
-    loss.legend(frameon=False, labelcolor=ink)
+    loss.set_ylabel("loss", color=INK)
+    loss.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold")
+    loss.legend(frameon=False, labelcolor=INK)
     rate.plot(*c.learning_rate, color="#7a8490", linewidth=1.4)
     rate.set_ylim(bottom=0)
-    rate.set_ylabel("learning\nrate", color=ink, fontsize=9)
-    rate.set_xlabel("step", color=ink)
+    rate.set_ylabel("learning\nrate", color=INK, fontsize=9)
+    rate.set_xlabel("step", color=INK)
     rate.yaxis.set_major_locator(MaxNLocator(2))
     rate.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.1e}".replace("e-0", "e-") if y else "0"))
     rate.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in (loss, rate):
-        axes.grid(axis="y", color=faint, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.tick_params(colors=ink, length=0, labelsize=9)
-        for side in axes.spines.values():
-            side.set_visible(False)
-        axes.margins(x=0.01)
-    beside = path.with_name(f".{path.name}.tmp")
-    figure.savefig(beside, format="png")
-    beside.replace(path)
+    plain(loss)
+    plain(rate)
+    save(drawn, path)

@@ -12,7 +12,7 @@ from typing import Any
 from ftjax.report import chart, files, goodput, profile
 from ftjax.report.progress import count, duration, size
 
-_CSS = """
+CSS = """
 :root { --ink: #1d2329; --soft: #5c6670; --line: #e2e6ea; --page: #f6f7f9; --card: #ffffff; --blue: #2f5fd0;
   --orange: #c8641b; --good: #1a7f47; --bad: #b3372f; --wash: #eef3fd; --code: #f2f4f7; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e8ec; --soft: #98a3ae; --line: #2c333b; --page:
@@ -120,7 +120,7 @@ def page(
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{_e(name)} · ftjax</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{_e(name)} · ftjax</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
         f"{_header(name, info, summary, lines)}\n{body}\n{_footer(summary, info)}\n"
         "</main>\n</body>\n</html>\n"
     )

@@ -2,7 +2,6 @@
 
 import argparse
 from itertools import groupby
-from pathlib import Path
 
 from ftjax.data.options import DataOptions, DataSource
 from ftjax.recipes.data import stage
@@ -44,9 +43,10 @@ def show(source: DataSource, options: DataOptions, model: str, count: int) -> No
 
     from ftjax.data.dataset import Report, make_renderer
     from ftjax.data.examples import BadExample, examples
+    from ftjax.hf import tokenizer_of
 
     console = Console(highlight=False, soft_wrap=True)
-    tokenizer = _tokenizer(model)
+    tokenizer = tokenizer_of(model)
     renderer = make_renderer(options, tokenizer)
     report, seen = Report(source.path), []
     chunk, shown = [], 0
@@ -76,18 +76,6 @@ def show(source: DataSource, options: DataOptions, model: str, count: int) -> No
     flush()
     report.format = seen[0] if seen else ""
     console.print(Text("\n".join(summary(report))))
-
-
-def _tokenizer(model: str):
-    """The tokenizer of a model, or of a folder that holds nothing else."""
-    folder = Path(model).expanduser()
-    if (folder / "tokenizer.json").is_file() and not (folder / "config.json").is_file():
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(folder)
-    from ftjax.hf import load_tokenizer, open_model
-
-    return load_tokenizer(open_model(model))
 
 
 def _document(document, tokenizer, title: str, colour: bool):
