@@ -122,6 +122,16 @@ def test_tokens_are_the_renderers(tiny):
     assert found.spreads["tokens"].rows == len(rows())  # the one that can't be rendered has no length
 
 
+def test_rows_that_train_no_token_have_a_length(tiny):
+    asked = said("Question 1?")
+    steps = Record("stepwise", asked, completions=["One.", "Two."], labels=[True, False])
+    found = gathered([Record("prompt_only", asked), steps], Renderer(tiny))
+    text = "<|im_start|>user\nQuestion 1?<|im_end|>\n<|im_start|>assistant\n"
+    lengths = [len(tiny(t, add_special_tokens=False)["input_ids"]) for t in (text, "One.\nTwo.")]
+    assert found.splits["data"].tokens == 2 * lengths[0] + lengths[1] and found.splits["data"].trained == 0
+    assert not found.not_rendered
+
+
 def test_the_hash_is_of_the_sorted_ids(tmp_path):
     ids = sorted(r.id for r in rows())
     by_hand = hashlib.sha256("".join(f"{i}\n" for i in ids).encode()).hexdigest()
@@ -466,7 +476,7 @@ def test_search_finds_words_and_phrases_everywhere(opened):
         ('"worse one"', ["Which one?"]),
         ("nowhere", []),
     ):
-        b.js(f"const q = document.getElementById('query'); q.value = {json.dumps(query)}; q.oninput()")
+        b.js(f"query.value = {json.dumps(query)}; query.oninput()")
         b.wait(f"document.querySelectorAll('.item').length === {len(titles_found)}")
         assert titles(b) == titles_found
 

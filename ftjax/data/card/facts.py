@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 
 from ftjax.data.examples import BadExample
@@ -26,6 +27,7 @@ UNKNOWN = "unknown"
 CHARACTERS_PER_TOKEN = 4
 _CHUNK = 256
 _SPLITS = ("train", "eval", "test", "validation", "valid", "dev")
+_UNTRAINED = ("prompt_only", "stepwise")  # tasks without tokens of a fixed loss
 _SURE = 0.5  # of a language, else it is unknown
 _LETTERS = 20  # that a text has to have for its language to be told
 
@@ -249,9 +251,25 @@ def measured(records: Iterable[Record], renderer: Renderer | None = None) -> Ite
     language = language_of()
     records = iter(records)
     while chunk := list(islice(records, _CHUNK)):
-        results = renderer.units(chunk) if renderer else [None] * len(chunk)
-        for record, result in zip(chunk, results, strict=True):
+        results: Iterator[Any] = iter(())
+        if renderer:
+            results = iter(renderer.units([r for r in chunk if r.task not in _UNTRAINED]))
+        for record in chunk:
+            result = None
+            if renderer:
+                result = _untrained(record, renderer) if record.task in _UNTRAINED else next(results)
             yield _measured(record, result, language)
+
+
+def _untrained(record: Record, renderer: Renderer) -> list[tuple[Rendered, ...]] | BadExample:
+    """A row whose tokens are not what is trained: the prompt, and the steps of its answer."""
+    try:
+        tokens = renderer.prompt(record.messages, record.tools)
+    except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError) as e:
+        return BadExample("template", record.where, f"the chat template refuses these messages: {e}")
+    steps = "\n".join(record.completions)
+    tokens += renderer.tokenizer(steps, add_special_tokens=False)["input_ids"]
+    return [(Rendered(np.array(tokens, np.int32), np.zeros(len(tokens), np.float32)),)]
 
 
 def _measured(record: Record, result: Any, language: Callable[[str], str] | None) -> Measured:
