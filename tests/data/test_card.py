@@ -20,6 +20,7 @@ from ftjax.data.card import CardOptions, facts, markdown, page, pictures, prepar
 from ftjax.data.record import Record
 from ftjax.data.render import Renderer
 from ftjax.errors import UserError
+from ftjax.recipes.data import main
 
 pytestmark = pytest.mark.fast
 MODEL = str(Path(__file__).parent.parent / "assets" / "tiny_tokenizer")
@@ -89,7 +90,7 @@ def test_facts_are_counted():
     found = gathered([*rows(), repeated]).to_json()
     assert found["rows"] == 11 and found["tasks"] == {"sft": 10, "preference": 1}
     assert found["splits"]["data"]["rows"] == 10 and found["splits"]["eval"]["rows"] == 1
-    assert found["formats"] == {"ftjax": 10, "openai": 1}
+    assert found["formats"] == {"openai": 1}
     assert found["licenses"] == {"MIT": 8, "unknown": 2, "CC-BY-4.0": 1}
     # 9 questions and answers, the call's five, the pair's three
     assert found["roles"] == {"assistant": 9 + 2 + 2, "user": 9 + 1 + 1, "system": 1, "tool": 1}
@@ -304,6 +305,39 @@ def test_the_yield_is_on_the_card(tmp_path):
     assert "| validate | 13 | 11 | 0 | 2 | E003 not_object 2 |" in text and "![" in text
     assert (tmp_path / "stages.png").exists()
     assert front(text)["configs"][0]["data_files"] == [{"split": "train", "path": "train.jsonl"}]
+
+
+# ── the verb ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_verb_counts_what_cannot_be_read(write, tmp_path, capsys):
+    alpaca = write(
+        [{"instruction": f"Question {i}?", "output": f"Answer {i}."} for i in range(3)], "eval.jsonl"
+    )
+    with open(alpaca, "a") as file:
+        file.write("{broken\n")
+    out = tmp_path / "out"
+    assert main(["card", alpaca, "--output", str(out), "--title", "Three | rows"]) == 3
+    said = capsys.readouterr().out
+    assert "3 rows" in said and "1 rows, E002 json" in said
+    made = json.loads((out / "card.json").read_text())
+    assert made["unreadable"] == {"E002": 1} and made["formats"] == {"alpaca": 3}
+    assert made["files"][0]["sha256"] == hashlib.sha256(Path(alpaca).read_bytes()).hexdigest()
+    assert list(made["splits"]) == ["eval"] and "# Three \\| rows" in (out / "card.md").read_text()
+    assert "1 more rows could not be read: 1 E002 json" in (out / "card.md").read_text()
+
+
+def test_the_verb_takes_a_prepared_folder(write, tmp_path):
+    path = write([r.to_json() for r in rows()], "train.jsonl")
+    output = {"path": path, "format": "ftjax", "rows": 10, "sha256": "abc"}
+    write_report(tmp_path / "report.json", [verdict("a.jsonl", 1)], [output])
+    assert main(["card", str(tmp_path), "--html", "--model", MODEL]) == 0
+    made = json.loads((tmp_path / "card.json").read_text())
+    assert made["rows"] == 10 and made["files"] == [{"name": "train.jsonl", "rows": 10, "sha256": "abc"}]
+    assert made["stages"] == STAGES and not made["tokens"]["estimate"]
+    assert unpacked((tmp_path / "card.html").read_text(), "left")["rows"] == 1
+    with pytest.raises(UserError, match="--output"):
+        main(["card", write([{"text": "x"}], "elsewhere.jsonl")])
 
 
 # ── the page ──────────────────────────────────────────────────────────────────────────────────────

@@ -1,6 +1,6 @@
 """What a data set is, told from its records: facts, pictures, a dataset card and a page to browse it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,12 +30,18 @@ class CardOptions:
 
 
 def make(
-    records: Iterable[Record], folder: str | Path, options: CardOptions, report: str | Path | None = None
+    records: Iterable[Record],
+    folder: str | Path,
+    options: CardOptions,
+    report: str | Path | None = None,
+    unreadable: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Writes card.md, card.json, pictures and, if asked for, card.html into a folder; the facts.
 
     `report` is the report.json of `ftjax data prepare`, for the yield of each stage and the rows that were
-    left out. Raises UserError for a set without records and for a report that is none.
+    left out. `unreadable` counts rows that are not among the records by the code of what is wrong with them,
+    and may grow until the last record. Raises UserError for a set without records and for a report that is
+    none.
     """
     from ftjax.data.card import facts as found
     from ftjax.data.card import markdown, page, pictures, prepared
@@ -64,10 +70,11 @@ def make(
     histograms = pictures.of_facts(facts.spreads, facts.scores, options.model is None)
     codes = {code for stage in head["stages"] for code in stage["codes"]}
     outputs = [{**o, "path": Path(o["path"]).name} for o in head["outputs"] if _beside(o["path"], folder)]
-    values = {
+    values: dict[str, Any] = {
         "title": options.title or folder.resolve().name,
         "ftjax": __version__,
         **facts.to_json(),
+        "unreadable": dict(unreadable or {}),
         "no_languages": "not told: pip install 'ftjax[data]'",
         "histograms": {name: h.to_json() for name, h in histograms.items()},
         "stages": head["stages"],
@@ -75,6 +82,8 @@ def make(
         "outputs": [{**o, "split": o["path"].partition(".")[0]} for o in outputs],
         "page": {"rows": len(rows.kept), "every": rows.every} if options.html else None,
     }
+    if outputs:
+        values["files"] = [{"name": o["path"], "rows": o["rows"], "sha256": o["sha256"]} for o in outputs]
     for name, h in histograms.items():
         pictures.histogram_png(h, folder / f"{name}.png")
     shown = [(f"{name}.png", h.title) for name, h in histograms.items()]

@@ -20,6 +20,7 @@ import numpy as np
 from ftjax.data.examples import BadExample
 from ftjax.data.record import Record, text_of
 from ftjax.data.render import Rendered, Renderer
+from ftjax.errors import UserError
 
 NAMES = 10_000
 OTHERS = "(others)"
@@ -132,7 +133,8 @@ class Facts:
         record, meta = m.record, m.record.meta
         self.characters += m.characters
         self.tasks.count(record.task)
-        self.formats.count(record.given[0] if record.given else meta.get("format", "ftjax"))
+        if format := record.given[0] if record.given else meta.get("format"):
+            self.formats.count(format)
         self.licenses.count(meta.get("license") or UNKNOWN)
         self.sources.count(m.source)
         if record.where:
@@ -265,6 +267,8 @@ def _untrained(record: Record, renderer: Renderer) -> list[tuple[Rendered, ...]]
     """A row whose tokens are not what is trained: the prompt, and the steps of its answer."""
     try:
         tokens = renderer.prompt(record.messages, record.tools)
+    except UserError:  # of the tokenizer, and so of every row
+        raise
     except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError) as e:
         return BadExample("template", record.where, f"the chat template refuses these messages: {e}")
     steps = "\n".join(record.completions)

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from ftjax.data.card.facts import OTHERS, UNKNOWN
+from ftjax.data.codes import CODES
 
 _SIZES = (10**3, 10**4, 10**5, 10**6, 10**7, 10**8, 10**9, 10**10, 10**11, 10**12)
 _LICENSES = frozenset(  # the hub's identifiers: https://huggingface.co/docs/hub/repositories-licenses
@@ -134,7 +135,15 @@ def summary(facts: Mapping[str, Any]) -> str:
     )
     for reason, said in tokens["not_rendered"].items():
         text += f" {said['rows']:,} could not be rendered ({reason}) and are not in these counts."
-    return text
+    return text + unreadable(facts)
+
+
+def unreadable(facts: Mapping[str, Any]) -> str:
+    """A sentence on the rows that are missing here since they could not be read."""
+    found = [f"{n:,} {code} {CODES[code].name}" for code, n in facts["unreadable"].items()]
+    if not found:
+        return ""
+    return f" {sum(facts['unreadable'].values()):,} more rows could not be read: {', '.join(found)}."
 
 
 def contents(facts: Mapping[str, Any]) -> list[list[str]]:

@@ -19,10 +19,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+from ftjax.data import read
 from ftjax.data.card import markdown, pictures, prepared
 from ftjax.data.card.facts import UNKNOWN, Measured, shown_path
 from ftjax.data.codes import CODES
+from ftjax.data.options import DataSource
 from ftjax.data.record import text_of
+from ftjax.errors import UserError
 from ftjax.report import page as house
 from ftjax.report.progress import count
 
@@ -166,27 +169,36 @@ def judge(rows: Sample, report: Path, most: int) -> tuple[dict[int, list[dict[st
 
 
 def find_rows(left: Sample) -> None:
-    """Adds to the rows that ended what stood in their line, where the file is at hand and has lines."""
+    """Adds to the rows that ended what stood there, where their file is at hand: of JSON lines the line as it
+    is, of others the values."""
     wanted: dict[str, dict[int, list[int]]] = {}
     for i, (entry, _) in enumerate(left.kept):
-        if entry["line"] and entry["path"].endswith((".jsonl", ".jsonl.gz", ".txt")):
+        if entry["line"] and Path(entry["path"]).expanduser().is_file():
             wanted.setdefault(entry["path"], {}).setdefault(entry["line"], []).append(i)
     for source, lines in wanted.items():
-        path = Path(source).expanduser()
-        if not path.is_file():
-            continue
         last = max(lines)
+        for number, raw in _lines(source):
+            for i in lines.get(number, ()):
+                entry, packed = left.kept[i]
+                body = {**json.loads(zlib.decompress(packed)), "raw": shortened(raw)}
+                left.kept[i] = {**entry, "answer": _preview(raw)}, zlib.compress(json.dumps(body).encode(), 1)
+            if number >= last:
+                break
+
+
+def _lines(source: str) -> Iterator[tuple[int, str]]:
+    path = Path(source).expanduser()
+    if path.name.removesuffix(".gz").endswith((".jsonl", ".ndjson")):
         opened = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
         with opened as file:
-            for number, text in enumerate(file, 1):
-                for i in lines.get(number, ()):
-                    entry, packed = left.kept[i]
-                    raw = text.decode("utf-8", "replace").rstrip("\r\n")
-                    body = {**json.loads(zlib.decompress(packed)), "raw": shortened(raw)}
-                    entry = {**entry, "answer": _preview(raw)}
-                    left.kept[i] = entry, zlib.compress(json.dumps(body).encode(), 1)
-                if number >= last:
-                    break
+            for number, line in enumerate(file, 1):
+                yield number, line.decode("utf-8", "replace").rstrip("\r\n")
+        return
+    try:
+        for row in read.rows(DataSource(source)):
+            yield row.line, json.dumps(row.values, ensure_ascii=False, default=str)
+    except UserError:  # the rest of a broken file: its verdicts say what is wrong
+        return
 
 
 # ── the file ──────────────────────────────────────────────────────────────────────────────────────
@@ -311,6 +323,8 @@ def _overview(facts: Mapping[str, Any], histograms: Mapping[str, pictures.Histog
              "Tokens are an estimate, characters / 4: no model was named."]  # fmt: skip
     for reason, said in tokens["not_rendered"].items():
         notes.append(f"{said['rows']:,} rows could not be rendered ({reason}) and count no tokens.")
+    if facts["unreadable"]:
+        notes.append(markdown.unreadable(facts).strip())
     if len(rows.kept) < facts["rows"]:
         notes.append(
             f"This page holds {len(rows.kept):,} of the {facts['rows']:,} rows, evenly spaced (every "

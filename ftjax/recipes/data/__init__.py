@@ -33,6 +33,7 @@ STEPS: dict[str, StepVerb] = {
 """What chains: each is a verb over files and a key in a recipe of `prepare`."""
 
 VERBS = {
+    "card": Verb("describe a set: counts, licences, sources, pictures, a page to browse it in", "card"),
     "render": Verb("show examples as the model sees them, the trained tokens coloured", "render"),
     "extract": Verb("documents, sites and folders to clean sections", "extract"),
     "prepare": Verb("a recipe of sources and steps to a finished set, resumed where it stopped", "prepare"),
