@@ -80,9 +80,10 @@ VERBS = {
         "ftjax.recipes.combine",
     ),
     "data": Verb(
-        "look at examples as the model sees them",
-        "ftjax data render FILE --model MODEL [--help for its options]",
-        "Example:\n  ftjax data render examples.jsonl --model Qwen/Qwen3-0.6B",
+        "prepare training data: check, convert, clean, split, extract, synthesise, describe",
+        "ftjax data VERB … [--help for its verbs]",
+        "Examples:\n  ftjax data render examples.jsonl --model Qwen/Qwen3-0.6B\n"
+        "  ftjax data prepare recipe.yaml",
         "ftjax.recipes.data",
     ),
     "plan": Verb(

@@ -43,6 +43,7 @@ class Validate(Step):
     large) is said of its first row."""
 
     name = "validate"
+    Options = ValidateOptions
     gathers = True
 
     def __init__(self, options: ValidateOptions):

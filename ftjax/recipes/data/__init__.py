@@ -20,6 +20,10 @@ class StepVerb(NamedTuple):
 
 
 STEPS: dict[str, StepVerb] = {
+    "validate": StepVerb(
+        "check rows by the rules of what they are for, each complaint with its place and remedy",
+        "ftjax.data.validate:Validate",
+    ),
     "filter": StepVerb(
         "leave out or flag answers that are empty, refused, cut off, looping, broken …",
         "ftjax.data.filter:Filter",

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ftjax import config
-from ftjax.data import engine, extract, pipeline, read, write
+from ftjax.data import card, engine, extract, pipeline, read, write
+from ftjax.data.card import CardOptions
 from ftjax.data.extract import ExtractOptions
 from ftjax.data.options import DataSource
 from ftjax.data.record import Judged, Record
@@ -92,6 +93,8 @@ def recipe_type() -> type:
         """What is read, in this order."""
         steps: list[step_entry()] = field(default_factory=list)  # type: ignore[valid-type]
         """What is done, in this order."""
+        card: CardOptions | None = field(default_factory=CardOptions)
+        """The set's description; null: none."""
         format: str = "ftjax"
         """The format that is written."""
         processes: int = 0
@@ -157,6 +160,9 @@ def main(argv: list[str]) -> int:
     written = write.write(stages[-1].records(), output, recipe.format)
     stage.write_report(output / REPORT, stages, written, recipe.sources)
     print("\n".join(line for one in written for line in stage.said_of(one)))
+    if recipe.card is not None and stages[-1].counts.kept:
+        card.make(stages[-1].records(), output, recipe.card, output / REPORT)
+        print(f"the set is described in {output / 'card.md'}{' and card.html' * recipe.card.html}")
     print(f"every verdict is in {output / REPORT}")
     return 0
 
