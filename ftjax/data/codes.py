@@ -2,7 +2,7 @@
 
 E codes are about the form of a row and W codes about what is unusual in it (both: the table of
 docs/data.md); the other letters belong to the step that gives them: F filter, P personal data and secrets,
-D duplicates, C contamination, S synthesis, X extraction, L logs.
+D duplicates, C contamination, M mixing, S synthesis, X extraction, L logs.
 """
 
 from typing import Literal, NamedTuple
@@ -138,4 +138,13 @@ CODES: dict[str, Code] = {
     "P008": Code("secret", "warning", "mask it (--mask), and revoke the key"),
     "P009": Code("likely_secret", "warning", "mask it (--mask), and revoke the key if it is one"),
     "P010": Code("private_key", "warning", "mask it (--mask), and replace the key pair"),
+    # ── duplicates ──
+    "D001": Code("exact_duplicate", "warning", "one row stays, the one that is named"),
+    "D002": Code("near_duplicate", "warning", "one row stays; if both are wanted, raise threshold"),
+    "D003": Code("semantic_duplicate", "warning", "one row stays; if both are wanted, raise semantic"),
+    # ── contamination ──
+    "C001": Code("benchmark", "warning", "leave the row out, or do not report that benchmark"),
+    "C002": Code("test_leak", "warning", "leave the row out of train, or split again by cluster"),
+    # ── mixing ──
+    "M001": Code("not_drawn", "note", "raise the source's weight or cap, or the total"),
 }

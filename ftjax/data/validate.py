@@ -42,7 +42,6 @@ class Validate(Step):
     """Rows with an error end; those with warnings go on. What is wrong with the whole (too few rows, too
     large) is said of its first row."""
 
-    Options = ValidateOptions
     name = "validate"
     Options = ValidateOptions
     gathers = True
@@ -50,7 +49,6 @@ class Validate(Step):
     def __init__(self, options: ValidateOptions):
         super().__init__(options)
         self.target = target_named(options.target)
-        self.writes = options.target
         self.limit = options.max_length or self.target.most_tokens
         if options.max_length is not None and options.model is None:
             raise UserError("max_length counts tokens: give the model whose tokens they are (--model)")
@@ -113,7 +111,7 @@ class Validate(Step):
             yield Judged(None if ends else record, found)
 
     def summary(self, decision: list[tuple[str, str]]) -> dict[str, Any]:
-        return {"target": self.target.name, **{code: text for code, text in decision}}
+        return {"target": self.target.name, "whole": [{"code": c, "text": t} for c, t in decision]}
 
     def _length(self, record: Record) -> list[Verdict]:
         """What the model's tokenizer has against the record."""
@@ -142,10 +140,11 @@ class Validate(Step):
 
 def renderer_of(model: str) -> Any:
     """A Renderer with the tokenizer and the template of a model, or of a folder with a tokenizer."""
-    from ftjax.data.render import Renderer
+    from ftjax.data.dataset import make_renderer
+    from ftjax.data.options import DataOptions
     from ftjax.data.tokenizer import load
 
-    return Renderer(load(model))
+    return make_renderer(DataOptions(""), load(model))
 
 
 def _hash(text: str) -> int:
