@@ -7,6 +7,7 @@ import difflib
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -144,7 +145,8 @@ class Part:
             if row.values is None:
                 yield Judged(None, list(found))
                 continue
-            if self.detected and self.format not in (seen := formats.matches(row.values)):
+            looks_like = "chat" if self.format == "openai" else self.format
+            if self.detected and looks_like not in (seen := formats.matches(row.values)):
                 keys = ", ".join(map(str, row.values))
                 looks = f"looks like {seen[0]}" if seen else "is of no known format"
                 found.add("E004", "", f"this row {looks} (keys {keys}), and the others are {self.format}")
@@ -156,6 +158,8 @@ class Part:
                 continue
             record.where = f"{path}:{row.line}"
             record.given = self.format, row.values
+            if self.format != "ftjax":  # a column of that name is not where the row stands
+                record.meta = {f"given_{k}" if k in formats.PLACE else k: v for k, v in record.meta.items()}
             if "source" not in record.meta:
                 record.meta |= {"source": path, "line": row.line}
             yield Judged(record, list(found))
@@ -188,13 +192,27 @@ def _format_of(source: DataSource) -> str:
     for row in _rows(source, _WHOLE, False, careful=True):
         if row.values is not None and (row.said or formats.matches(row.values)):
             if not any(v.severity == "error" for v in row.said):
-                return formats.detect(row.values, f"{source.path}:{row.line}", one=True)
+                found = formats.detect(row.values, f"{source.path}:{row.line}", one=True)
+                return "openai" if found == "chat" and _has_text_arguments(source) else found
         broken += row.values is None
         if row.values is not None and not formats.matches(row.values):
             formats.detect(row.values, f"{source.path}:{row.line}", one=True)  # says what it could be
     if broken:
         raise UserError(f"{source.path}: none of its {broken} lines can be read as a JSON object")
     raise UserError(f"{source.path} holds no examples: the file is empty")
+
+
+def _has_text_arguments(source: DataSource) -> bool:
+    """Whether calls of tools have their arguments as text, OpenAI's way, among the first thousand rows."""
+    for row in itertools.islice(_rows(source, _WHOLE, False, careful=True), 1000):
+        messages = row.values.get("messages") if row.values else None
+        for message in messages if isinstance(messages, list) else ():
+            calls = message.get("tool_calls") if isinstance(message, dict) else None
+            for call in calls if isinstance(calls, list) else ():
+                function = call.get("function") if isinstance(call, dict) else None
+                if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+                    return True
+    return False
 
 
 def _line_spans(path: Path, rows_per_part: int) -> Iterator[tuple[str, _Span]]:
@@ -624,7 +642,7 @@ def _from_arrow(values: dict[str, Any], path: str, number: int, done: float | No
             return {k: clean(v, k) for k, v in value.items() if v is not None}
         if isinstance(value, list):
             return [clean(v, name) for v in value]
-        return value
+        return _cell(value) if isinstance(value, str) else value
 
     cleaned = clean(values, "")
     return Row(number, None if found else cleaned, done, found)

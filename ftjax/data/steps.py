@@ -40,6 +40,8 @@ class Step:
     a model, or the limits of an endpoint."""
     Options: type
     """The dataclass of its options, of which the command line and recipes are made."""
+    writes: str | None = None
+    """The format that a verb writes where none is asked for; the input's if None."""
     folder: Path | None = None
     """Where large facts may be left between `facts` and `apply`; set by the pipeline, on storage that every
     worker sees."""

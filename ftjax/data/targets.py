@@ -291,7 +291,7 @@ def _calls(
                 found.add("E025", f"{here}.id", f"{here} has the id {id!r} of an earlier call")
             elif id_form and not id_form.fullmatch(id):
                 found.add("E025", f"{here}.id", f"{here} has the id {id!r}, not nine letters and digits")
-            if isinstance(id, str):
+            if isinstance(id, str) and id:
                 seen.add(id)
                 if i != last and ids:
                     open_calls[id] = here

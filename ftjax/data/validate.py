@@ -42,6 +42,7 @@ class Validate(Step):
     """Rows with an error end; those with warnings go on. What is wrong with the whole (too few rows, too
     large) is said of its first row."""
 
+    Options = ValidateOptions
     name = "validate"
     Options = ValidateOptions
     gathers = True
@@ -49,6 +50,7 @@ class Validate(Step):
     def __init__(self, options: ValidateOptions):
         super().__init__(options)
         self.target = target_named(options.target)
+        self.writes = options.target
         self.limit = options.max_length or self.target.most_tokens
         if options.max_length is not None and options.model is None:
             raise UserError("max_length counts tokens: give the model whose tokens they are (--model)")
@@ -111,7 +113,7 @@ class Validate(Step):
             yield Judged(None if ends else record, found)
 
     def summary(self, decision: list[tuple[str, str]]) -> dict[str, Any]:
-        return {"target": self.target.name, "whole": [{"code": c, "text": t} for c, t in decision]}
+        return {"target": self.target.name, **{code: text for code, text in decision}}
 
     def _length(self, record: Record) -> list[Verdict]:
         """What the model's tokenizer has against the record."""
@@ -140,11 +142,10 @@ class Validate(Step):
 
 def renderer_of(model: str) -> Any:
     """A Renderer with the tokenizer and the template of a model, or of a folder with a tokenizer."""
-    from ftjax.data.dataset import make_renderer
-    from ftjax.data.options import DataOptions
+    from ftjax.data.render import Renderer
     from ftjax.data.tokenizer import load
 
-    return make_renderer(DataOptions(""), load(model))
+    return Renderer(load(model))
 
 
 def _hash(text: str) -> int:

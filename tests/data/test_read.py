@@ -62,6 +62,22 @@ def test_row_groups_of_parquet(tmp_path):
     assert [(r.text, r.meta["line"]) for r in records] == [(t["text"], i) for i, t in enumerate(TEXTS, 1)]
 
 
+def test_arguments_as_text_are_openais_way(tmp_path):
+    path = tmp_path / "a.jsonl"
+    user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+
+    def called(arguments):
+        call = {"id": "x", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        return {"messages": [user, {"role": "assistant", "content": None, "tool_calls": [call]}]}
+
+    for arguments, name in (("{}", "openai"), ({}, "chat")):
+        rows_ = [{"messages": [user, answer]}, called(arguments), {"text": "t"}]
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows_))
+        (part,) = parts(str(path))
+        assert part.format == name
+        assert [(v.line, v.code) for j in part.judged() for v in j.verdicts] == [(3, "E004")]
+
+
 def test_what_can_not_be_cut_is_one_part(tmp_path):
     with gzip.open(tmp_path / "z.jsonl.gz", "wt") as file:
         file.write("".join(json.dumps(r) + "\n" for r in TEXTS))

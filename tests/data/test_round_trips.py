@@ -193,6 +193,8 @@ def normal(record: Record, losses) -> dict:
         for m in messages:
             if "weight" in losses:
                 m.pop("weight", None)
+            if "earlier answers" in losses and m is not messages[-1]:
+                m.pop("weight", None)
             if "fractional weight" in losses and m.get("weight"):
                 del m["weight"]
             if "reasoning" in losses:

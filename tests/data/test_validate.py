@@ -292,7 +292,7 @@ def test_too_few_rows_and_several_system_prompts(tmp_path, write):
     nine = [rows({**S, "content": f"Be {i % 3}."}, U, A) for i in range(9)]
     made = stage(tmp_path, write(nine), target="openai", rows_per_part=4)
     assert said(made) == [(0, "E060", "kept"), (0, "W112", "kept")] and made.counts.kept == 9
-    assert made.summary["whole"][0]["text"] == "9 rows, and openai takes 10 at least"
+    assert made.summary["E060"] == "9 rows, and openai takes 10 at least"
     # a row that does not count makes ten too few
     made = stage(tmp_path, write([*nine, rows(S, U)]), target="openai")
     assert (10, "E014", "dropped") in said(made) and (0, "E060", "kept") in said(made)

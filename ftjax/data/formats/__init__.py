@@ -6,11 +6,24 @@ from typing import Any
 
 from ftjax.data.formats import alpaca, canonical, chat, mistral, openai, plain, sharegpt, trl
 from ftjax.data.formats.cast import cast
+from ftjax.data.formats.chat import PLACE
 from ftjax.data.formats.format import LOSSES, Format, Written
 from ftjax.data.record import Findings, Record
 from ftjax.errors import UserError
 
-__all__ = ["FORMATS", "LOSSES", "Format", "Written", "detect", "format_named", "matches", "read", "writer"]
+__all__ = [
+    "FORMATS",
+    "LOSSES",
+    "PLACE",
+    "Format",
+    "Written",
+    "cast",
+    "detect",
+    "format_named",
+    "matches",
+    "read",
+    "writer",
+]
 
 FORMATS: dict[str, Format] = {
     f.name: f

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from ftjax.data.formats.format import Format, Written
-from ftjax.data.formats.messages import conversation, has_answer, tools_of
+from ftjax.data.formats.messages import conversation, decoded, has_answer, tools_of
 from ftjax.data.record import TASKS, Findings, Record
 
 _KEYS = {f.name for f in dataclasses.fields(Record)} - {"weight", "where", "given"} | {"sample_weight", "id"}
@@ -29,8 +29,10 @@ def _read(values: dict[str, Any], found: Findings) -> Record | None:
     given: dict[str, Any] = {}
     for key, (kind, words) in _TYPES.items():
         value = values.get(key)
-        if value is None:
+        if value is None or value == "":
             continue
+        if kind is not str:
+            value = decoded(value)
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kind) or (kind is float and not 0 <= value < float("inf")):

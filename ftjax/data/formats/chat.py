@@ -6,6 +6,7 @@ from ftjax.data.formats.format import Format, Written
 from ftjax.data.formats.messages import conversation, has_answer, rest, tools_of
 from ftjax.data.record import Findings, Record
 
+PLACE = {"source", "line"}  # where a row was read: not of the row itself
 KNOWN = ("messages", "tools", "functions")
 
 
@@ -17,7 +18,7 @@ def read(values: dict[str, Any], found: Findings) -> Record:
 
 def lost(record: Record, raw: tuple | None = None) -> list[str]:
     """What a row loses of the record as a whole; `raw` is what reading the row will give."""
-    losses = ["meta"] if record.meta else []
+    losses = ["meta"] if record.meta.keys() - PLACE else []
     if record.weight != 1:
         losses.append("example weight")
     if record.raw != raw:

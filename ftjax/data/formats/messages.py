@@ -221,6 +221,16 @@ def parsed(value: Any, found: Findings, path: str) -> Any:
     return value
 
 
+def decoded(value: Any) -> Any:
+    """A cell of a CSV file as the JSON that it holds, another value as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
 def as_messages(value: Any, role: str, path: str, found: Findings) -> list[dict]:
     """A string as the one message of a role, or messages as `conversation` reads them."""
     if isinstance(value, str):

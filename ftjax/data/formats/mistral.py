@@ -105,7 +105,7 @@ def _write(record: Record) -> Written:
             losses.append("tool defaults")
         answers = [i for i, m in enumerate(out) if m["role"] == "assistant"]
         if any(out[i].get("weight", 1) for i in answers[:-1]):
-            losses.append("weight")
+            losses.append("earlier answers")
     return Written([row], losses)
 
 

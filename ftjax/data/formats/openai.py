@@ -7,7 +7,7 @@ from typing import Any
 from ftjax.data.formats import chat, plain, trl
 from ftjax.data.formats.chat import lost
 from ftjax.data.formats.format import Format, Written
-from ftjax.data.formats.messages import as_context, conversation, parsed, rest, tools_of
+from ftjax.data.formats.messages import as_context, conversation, decoded, parsed, rest, tools_of
 from ftjax.data.formats.pairs import pair
 from ftjax.data.record import Findings, Record
 
@@ -202,7 +202,7 @@ def _read_rft(values: dict[str, Any], found: Findings) -> Record:
 
 def _write_rft(record: Record) -> Written:
     losses = lost(record)
-    if set(record.meta) == {"reference"}:
+    if "meta" in losses and record.meta.keys() - chat.PLACE == {"reference"}:
         losses.remove("meta")
     try:
         messages = without_weights(outgoing(record.messages, losses))
@@ -248,7 +248,7 @@ AZURE = Format(
 
 def _read_fireworks(values: dict[str, Any], found: Findings) -> Record | None:
     """A root `weight`, any number, weighs the whole example."""
-    weight = values.get("weight", 1.0)
+    weight = decoded(values.get("weight", 1.0))
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
         found.add("E016", "weight", f"weight is {weight!r}; only numbers from 0 can be trained with")
         return None

@@ -32,6 +32,9 @@ STEPS: dict[str, StepVerb] = {
         "find duplicates, exact, near or in meaning, and keep one of each", "ftjax.data.dedup:Dedup"
     ),
     "personal": StepVerb("find personal data and secrets, and mask them", "ftjax.data.personal:Personal"),
+    "convert": StepVerb(
+        "rows of any format to any other, and what they lose on the way", "ftjax.data.convert:Convert"
+    ),
     "synthesize": StepVerb(
         "question-answer, instruction and preference examples from the sections of documents",
         "ftjax.data.synthesize:Synthesize",
@@ -41,6 +44,7 @@ STEPS: dict[str, StepVerb] = {
 
 VERBS = {
     "card": Verb("describe a set: counts, licences, sources, pictures, a page to browse it in", "card"),
+    "inspect": Verb("what a file holds: format, counts, tokens, languages, and what is wrong", "inspect"),
     "render": Verb("show examples as the model sees them, the trained tokens coloured", "render"),
     "extract": Verb("documents, sites and folders to clean sections", "extract"),
     "prepare": Verb("a recipe of sources and steps to a finished set, resumed where it stopped", "prepare"),

@@ -39,7 +39,7 @@ def main(name: str, argv: list[str]) -> int:
         )
         written = []
         if arguments.output:
-            to = arguments.to or parts[0].format
+            to = arguments.to or step.writes or parts[0].format
             written = write.write(stage.records(), arguments.output, to)
         if arguments.report:
             write_report(Path(arguments.report), [stage], written, found)
@@ -47,7 +47,8 @@ def main(name: str, argv: list[str]) -> int:
             print(line)
         if not arguments.output and stage.counts.dropped + stage.counts.changed:
             print("nothing was written; --output OUT writes the rows that go on")
-    return ROWS_IN_ERROR if any(CODES[code].severity == "error" for code in stage.counts.codes) else 0
+    wrong = any(CODES[code].severity == "error" for code in stage.counts.codes)
+    return ROWS_IN_ERROR if wrong or any(one.refused for one in written) else 0
 
 
 # ── the command line ──────────────────────────────────────────────────────────────────────────────
@@ -60,7 +61,10 @@ def _parse(name: str, options: type, argv: list[str]) -> tuple[argparse.Namespac
     )
     add_sources(parser)
     parser.add_argument("--output", "-o", help="where the rows that go on are written: a file, or a folder")
-    parser.add_argument("--to", help="the format to write; as the first file's if absent")
+    if "to" in {field.name for field in dataclasses.fields(options)}:
+        parser.set_defaults(to=None)  # of the step itself, which then says what it writes
+    else:
+        parser.add_argument("--to", help="the format to write; as the first file's if absent")
     parser.add_argument("--report", help="a JSON file for the counts and every verdict")
     parser.add_argument("--processes", type=int, default=1, help="at once; 0: one for each core")
     parser.add_argument("--engine", choices=engine.ENGINES, default="local", help="who runs the parts")
