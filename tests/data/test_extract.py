@@ -167,19 +167,22 @@ def test_a_page_that_names_no_main_content_loses_its_navigation_and_no_text():
     body = """<div class=logo><a href="/"><img src=l.gif alt="Site"></a></div>
     <div class="tagline">Small. Fast.</div>
     <div class="menu"><ul><li><a href=a>Home</a><li><a href=b>About</a><li><a href=c>Download</a></ul></div>
+    <div><ul><li><a href=d>Files</a><li><a href=e>Networks</a><li><a href=f>Processes</a></ul></div>
     <div class="fancy_toc"><a href="#x">1. One</a><a href="#y">2. Two</a></div>
     <h1>Statements</h1><blockquote><pre>
 int open(const char*,
          int);
-</pre></blockquote><p>This is what it does, at some length, so that it is a text.</p>
-    <p><ul><li>  ?<li>  :name</ul></p><form><input value="no"></form>
+</pre></blockquote><p>This is what it does, at some length, so that it is a text and no label.</p>
+    <p><ul><li>  ?<li>  :name</ul></p>
+    <ul><li><a href=g>One thing</a><li><a href=h>Another</a><li><a href=i>The last</a></ul><form><input value="no"></form>
     <div class="related">See also the <a href="u">other statements</a> that may be of use, of which
     there are many.</div>
     <footer>Contact us</footer>"""
     text = html(body, "<title>Statements</title>")
     assert text == (
         "# Statements\n\n```\nint open(const char*,\n         int);\n```\n\n"
-        "This is what it does, at some length, so that it is a text.\n\n- ?\n- :name\n\n"
+        "This is what it does, at some length, so that it is a text and no label.\n\n- ?\n- :name\n\n"
+        "- One thing\n- Another\n- The last\n\n"
         "See also the other statements that may be of use, of which there are many.\n"
     )
 
@@ -479,7 +482,7 @@ def docx(body: str) -> bytes:
     w = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
     styles = "".join(
         f'<w:style w:type="paragraph" w:styleId="{i}"><w:name w:val="{name}"/></w:style>'
-        for i, name in [("H1", "heading 1"), ("Ueb2", "heading 2"), ("Code", "Source Code")]
+        for i, name in [("T", "Title"), ("H1", "heading 1"), ("Ueb2", "heading 2"), ("Code", "Source Code")]
     )
     numbering = (
         '<w:abstractNum w:abstractNumId="0"><w:lvl w:ilvl="0"><w:numFmt w:val="decimal"/></w:lvl>'
@@ -528,6 +531,8 @@ def test_word():
         "| k | v |\n| --- | --- |\n| k | v |\n\nEnd[2]\n\n[2] the note\n"
     )
     assert crumbs(document) == [["Top"], ["Top", "Below"]]
+    titled = read(docx(paragraph("Book", "T") + paragraph("One", "H1") + paragraph("words")), "docx")
+    assert titled.text == "# Book\n\n## One\n\nwords\n" and titled.title == "Book"
     with pytest.raises(Unreadable, match="X001"):
         read(b"PK nothing", "docx")
 

@@ -69,6 +69,8 @@ class _Reader(Writer):
         self.numbering = numbering
         self.numbers: dict[tuple[str, int], int] = {}
         self.code: list[str] = []
+        self.titled = 0
+        """1 under a title, which is above headings of level 1."""
 
     def blocks(self, parent: Any) -> None:
         for node in parent:
@@ -96,9 +98,10 @@ class _Reader(Writer):
             return
         if name == "title":
             self.heading(1, text.strip("*"))
+            self.titled = 1
         elif name.startswith("heading ") or (outline and int(outline) < 6):
             level = int(name[8]) if name[8:9].isdigit() else int(outline or 0) + 1
-            self.heading(level, text.strip("*"))
+            self.heading(level + self.titled, text.strip("*"))
         elif number and number != "0":
             depth = int(_value(node, "pPr/numPr/ilvl") or _value(style, "pPr/numPr/ilvl") or 0)
             self.tight = (number, depth) in self.numbers or depth > 0

@@ -21,7 +21,7 @@ _DROPPED = (
 )
 _AROUND = "header,footer,aside,[role=complementary]"  # of a page that says nowhere what its main content is
 _NAVIGATION = re.compile(
-    r"(?:^|[\s_-])(?:nav|navbar|navigation|menu|(?:main|sub|search)menu|toc\w*|contents|sidebar|sphinxsidebar|"
+    r"(?:^|[\s_-])(?:nav|navbar|navigation|nav-?header|nav-?footer|menu|(?:main|sub|search)menu|toc\w*|contents|sidebar|sphinxsidebar|"
     r"breadcrumbs?|pagination|pager|prev-?next|related|footer|site-?header|masthead|banner|tagline|logo|skip\w*|"
     r"search|share|social|cookies?|adverts?|newsletter|promo|edit-?page)(?=[\s_-]|$)",
     re.I,
@@ -141,41 +141,57 @@ def _main(tree: Any) -> Any:
         node, certain = body, False
     else:
         certain = True
-    for dropped in node.css(_DROPPED if certain else f"{_DROPPED},{_AROUND}"):
-        if certain or dropped.css_first("h1") is None or dropped.tag in ("nav", "script", "style"):
-            dropped.decompose()
+    dropped = node.css(_DROPPED if certain else f"{_DROPPED},{_AROUND}")
+    always = ("nav", "script", "style")
+    _remove([each for each in dropped if certain or each.css_first("h1") is None or each.tag in always])
     _drop_navigation(node, certain)
     return node
 
 
 def _drop_navigation(node: Any, certain: bool) -> None:
-    """Drops what is called navigation and is mostly links, and lists of links into the page itself."""
+    """Drops what is called navigation and is mostly links, lists of links into the page itself, and, where
+    the page does not say what its main content is, lists of links before the text begins."""
     whole = len(node.text())
-    for block in node.css("div,ul,ol,section,aside,table,p,header,dl"):
+    begun = certain
+    gone = []
+    for block in node.css("div,ul,ol,section,aside,table,p,header,dl,h2"):
+        tag = block.tag
+        if not begun and (tag == "h2" or (tag == "p" and _prose(block))):
+            begun = True
         attributes = block.attributes
         name = attributes.get("class") or ""
-        if block.tag == "div" and "section" not in name:  # there the id is the heading's anchor
+        if tag == "div" and "section" not in name:  # there the id is the heading's anchor
             name += " " + (attributes.get("id") or "")
         called = name != " " and _NAVIGATION.search(name) is not None
-        if not called and (certain and block.tag not in ("ul", "ol", "div", "table")):
+        if not called and tag not in ("ul", "ol", "div", "table"):
             continue
         found = block.css("a[href]")
-        if not called and len(found) < 3:
-            continue
         text = len(block.text(strip=True))
-        if not text or block.parent is None:
+        if not text or (not called and len(found) < 3):
             continue
         share = sum(len(a.text(strip=True)) for a in found) / text
         inward = share > 0.8 and all((a.attributes.get("href") or "").startswith("#") for a in found)
-        small = (
-            called
-            and not certain
-            and text < min(300, whole / 4)
-            and block.css_first("pre,p,h1,h2,h3") is None
-        )
-        if (called and share > 0.5 and len(found) > 1) or (inward and text < whole / 2) or small:
-            if block.css_first("h1") is None:
-                block.decompose()
+        drop = (called and share > 0.5 and len(found) > 1) or (inward and text < whole / 2)
+        drop = drop or (not begun and share > 0.7 and len(found) > 2 and text < whole / 2)
+        if not drop and called and not certain and text < (300 if share > 0.3 else 60) and text < whole / 4:
+            drop = block.css_first("pre,p,h1,h2,h3") is None
+        if drop and block.css_first("h1") is None:
+            gone.append(block)
+    _remove(gone)
+
+
+def _remove(nodes: list[Any]) -> None:
+    """Takes the nodes out of the tree, the outermost first; what was in one that is gone is not touched."""
+    ids = {node.mem_id for node in nodes}
+    outermost = []
+    for node in nodes:
+        above = node.parent
+        while above is not None and above.mem_id not in ids:
+            above = above.parent
+        if above is None:
+            outermost.append(node)
+    for node in outermost:
+        node.decompose()
 
 
 def _prose(node: Any) -> bool:
