@@ -174,7 +174,8 @@ int open(const char*,
          int);
 </pre></blockquote><p>This is what it does, at some length, so that it is a text and no label.</p>
     <p><ul><li>  ?<li>  :name</ul></p>
-    <ul><li><a href=g>One thing</a><li><a href=h>Another</a><li><a href=i>The last</a></ul><form><input value="no"></form>
+    <ul><li><a href=g>One thing</a><li><a href=h>Another</a><li><a href=i>The last</a></ul>
+    <form><input value="no"></form>
     <div class="related">See also the <a href="u">other statements</a> that may be of use, of which
     there are many.</div>
     <footer>Contact us</footer>"""
@@ -532,7 +533,7 @@ def test_word():
     )
     assert crumbs(document) == [["Top"], ["Top", "Below"]]
     titled = read(docx(paragraph("Book", "T") + paragraph("One", "H1") + paragraph("words")), "docx")
-    assert titled.text == "# Book\n\n## One\n\nwords\n" and titled.title == "Book"
+    assert titled.text == "# Book\n\n## One\n\nwords\n\n[2] the note\n" and titled.title == "Book"
     with pytest.raises(Unreadable, match="X001"):
         read(b"PK nothing", "docx")
 
