@@ -382,9 +382,11 @@ def folder(tmp_path_factory):
             verdict("gone.csv", 9, stage="dedup", code="E005", text=f"like another {EVIL}"),
         ],
     )
-    half = sft("half?", "a half.", source="a.jsonl", line=99)
+    half = sft("half?", "a half.", source="a.jsonl", line=99, scores={"ifd": 0.2})
     half.messages[1]["weight"] = 0.5
-    card.make([*rows(), half, evil], folder, CardOptions(model=MODEL, html=True), report)
+    first, *others = rows()
+    first.meta["scores"] = {"ifd": 0.7}
+    card.make([first, *others, half, evil], folder, CardOptions(model=MODEL, html=True), report)
     return folder
 
 
@@ -438,7 +440,9 @@ def test_a_page_of_fewer_rows_says_so(tmp_path):
     assert "3 of the 10 rows" in (tmp_path / "card.md").read_text()
 
 
-needs_browser = pytest.mark.skipif(browser.NAME is None, reason="no Chromium is installed")
+def needs_browser(test):
+    absent = pytest.mark.skipif(browser.NAME is None, reason="no Chromium is installed")
+    return absent(pytest.mark.xdist_group("chromium")(test))  # one browser for all of them
 
 
 @pytest.fixture(scope="module")
@@ -531,12 +535,31 @@ def test_filters(opened):
         "[...document.querySelectorAll('.item .small :last-child')].map(n => parseInt(n.textContent))"
     )
     assert lengths == sorted(lengths, reverse=True) and lengths[0] > lengths[-1]
+    assert titles(opened("#rows?order=high+ifd"))[:3] == ["Question 1?", "half?", "Question 2?"]
+    assert titles(opened("#rows?order=low+ifd"))[:3] == ["half?", "Question 1?", "Question 2?"]
     least = lengths[2]
     b = opened(f"#rows?min={least}")
     assert found(b) == f"{sum(n >= least for n in lengths)} of 12 rows"
     b.js("document.getElementById('clear').click()")
     b.wait("document.getElementById('found').textContent === '12 rows'")
     b.js("const s = document.querySelector('select[data-column=task]'); s.value = 'preference'; s.onchange()")
+    b.wait("document.getElementById('found').textContent === '1 of 12 rows'")
+
+
+@needs_browser
+def test_the_overview_leads_to_the_rows(opened):
+    b = opened()
+    assert b.js("document.getElementById('browser').hidden")
+    b.js("[...document.querySelectorAll('a.code')].find(a => a.textContent.startsWith('E003')).click()")
+    b.wait("document.getElementById('found').textContent === '2 of 3 rows'")
+    b.js("document.getElementById('tab-overview').click()")
+    b.wait("document.getElementById('browser').hidden")
+    b.js("[...document.querySelectorAll('main a')].find(a => a.textContent === 'preference').click()")
+    b.wait("document.getElementById('found').textContent === '1 of 12 rows'")
+    longest = b.js("[...document.querySelectorAll('svg a')].at(-1).getAttribute('href')")
+    b.js(f"location.hash = {json.dumps(longest)}")  # a bar of the lengths
+    b.wait("/^[1-3] of 12 rows$/.test(document.getElementById('found').textContent)")
+    b.js("history.back()")
     b.wait("document.getElementById('found').textContent === '1 of 12 rows'")
 
 

@@ -158,8 +158,11 @@
       box.append(pair);
       const order = make("select", state.get("order") ? "set" : "");
       order.setAttribute("aria-label", "order");
-      for (const [value, words] of [["", "file order"], ["long", "longest first"], ["short", "shortest first"],
-        ["mixed", "shuffled"]]) order.append(new Option(words, value));
+      const scores = new Set(table.columns.scores.flatMap((of) => Object.keys(of ?? {})));
+      const orders = [["", "file order"], ["long", "longest first"], ["short", "shortest first"], ["mixed", "shuffled"]];
+      for (const name of [...scores].sort())
+        orders.push([`high ${name}`, `highest ${name} first`], [`low ${name}`, `lowest ${name} first`]);
+      for (const [value, words] of orders) order.append(new Option(words, value));
       order.value = state.get("order") || "";
       order.onchange = () => { order.classList.toggle("set", order.value); set("order", order.value); search(); };
       box.append(order);
@@ -193,6 +196,12 @@
     const tokens = table.columns.tokens, order = state.get("order");
     if (order === "long") return rows.sort((a, b) => tokens[b] - tokens[a] || a - b);
     if (order === "short") return rows.sort((a, b) => tokens[a] - tokens[b] || a - b);
+    const [, way, score] = /^(high|low) (.+)$/s.exec(order ?? "") ?? [];
+    if (score) {
+      const sign = way === "high" ? -1 : 1;
+      const value = (row) => table.columns.scores[row]?.[score] ?? sign * Infinity; // those without it last
+      return rows.sort((a, b) => (value(a) === value(b) ? a - b : sign * (value(a) - value(b))));
+    }
     const key = (row) => Math.imul(row + 1, 0x9e3779b1) >>> 0; // the same shuffle each time
     if (order === "mixed") return rows.sort((a, b) => key(a) - key(b));
     return rows;
@@ -465,11 +474,11 @@
     const c = from.columns, back = make("button", "back", "← rows");
     back.type = "button";
     back.onclick = leaveRow;
-    const where = `${from.name_of("source", row)}${c.line[row] ? ":" + c.line[row] : ""}`;
+    const where = `${base(from.name_of("source", row))}${c.line[row] ? ":" + c.line[row] : ""}`;
     const facts = [from.name_of("task", row), from.name_of("language", row),
       c.tokens ? `${number(c.tokens[row])} tokens${about.estimate ? " (estimate)" : `, ${number(c.trained[row])} trained`}` : ""];
     const place = make("span", "place", where);
-    place.title = where;
+    place.title = from.name_of("source", row);
     const bar = make("div", "rowbar", back, make("span", "", `${number(selected + 1)} / ${number(found.length)}`),
       place, make("span", "facts", facts.filter(Boolean).join(" · ")),
       views.length > 1 ? make("span", "views", ...buttons) : "");

@@ -81,6 +81,7 @@ def put_row(sample: Sample, m: Measured, tokenizer: Any) -> None:
         "line": record.meta.get("line", 0),
         "tokens": m.tokens,
         "trained": m.trained,
+        "scores": record.meta.get("scores"),
         "title": _preview(text_of(asked[-1]) if asked else record.text),
         "answer": _preview("" if not asked else record.answer_text()),
     }
@@ -231,7 +232,7 @@ def write(
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             '<meta name="color-scheme" content="light dark">\n<meta name="referrer" content="no-referrer">\n'
             f"<title>{_e(facts['title'])} · ftjax</title>\n<style>{css}</style>\n</head>\n<body>\n"
-            f"{_top(facts, rows, left)}\n{_overview(facts, histograms, rows)}\n"
+            f"{_top(facts, rows, left)}\n{_overview(facts, histograms, rows, left)}\n"
             f"{(_HERE / 'page.html').read_text('utf-8')}"
         )
         for name, sample in (("rows", rows), ("left", left)):
@@ -306,7 +307,9 @@ def _top(facts: Mapping[str, Any], rows: Sample, left: Sample) -> str:
     )
 
 
-def _overview(facts: Mapping[str, Any], histograms: Mapping[str, pictures.Histogram], rows: Sample) -> str:
+def _overview(
+    facts: Mapping[str, Any], histograms: Mapping[str, pictures.Histogram], rows: Sample, left: Sample
+) -> str:
     tokens = facts["tokens"]
     share = f" · {tokens['trained'] / tokens['total']:.0%} of them" if tokens["total"] else ""
     ended = sum(s["dropped"] for s in facts["stages"])
@@ -330,6 +333,9 @@ def _overview(facts: Mapping[str, Any], histograms: Mapping[str, pictures.Histog
             f"This page holds {len(rows.kept):,} of the {facts['rows']:,} rows, evenly spaced (every "
             f"{rows.every:,}th); the facts are of all of them."
         )
+    if len(left.kept) < left.seen:
+        notes.append(f"Of the {left.seen:,} rows that were left out it holds {len(left.kept):,}.")
+    ended_by = {(entry["stage"], code) for entry, _ in left.kept for code in entry["codes"]}
     parts = [
         f"<header><h1>{_e(facts['title'])}</h1><p>{_e(' '.join(notes))}</p>"
         f'<div class="figures">{cells}</div></header>'
@@ -347,7 +353,10 @@ def _overview(facts: Mapping[str, Any], histograms: Mapping[str, pictures.Histog
                 [
                     _e(s["name"]),
                     *(f"{s[k]:,}" for k in ("rows", "kept", "changed", "dropped")),
-                    " ".join(_code(code, n) for code, n in s["codes"].items()),
+                    " ".join(
+                        _code(code, n, s["name"] if (s["name"], code) in ended_by else None)
+                        for code, n in s["codes"].items()
+                    ),
                 ]
                 for s in facts["stages"]
             ],
@@ -440,7 +449,9 @@ def _link(filter: str, value: str, name: str) -> str:
     return f'<a href="#rows?{_e(urlencode({filter: value}))}">{_e(name)}</a>'
 
 
-def _code(code: str, number: int) -> str:
+def _code(code: str, number: int, ended: str | None) -> str:
+    """A code and how often, leading to such rows: those that `ended` in a stage, or those that went on."""
     known = CODES.get(code)
     name, severity = (known.name, known.severity) if known else ("", "note")
-    return f'<span class="code {severity}">{_e(code)} {_e(name)} {number:,}</span>'
+    where = f"left?{urlencode({'stage': ended, 'codes': code})}" if ended else f"rows?codes={code}"
+    return f'<a class="code {severity}" href="#{_e(where)}">{_e(code)} {_e(name)} {number:,}</a>'

@@ -101,7 +101,7 @@ def _text(x: float, y: float, words: str, anchor: str = "end", css: str = "") ->
 def histogram_svg(h: Histogram, height: int = 200, link: str = "") -> str:
     """An <svg> whose colours are the page's CSS classes; `link` is where a bar leads, with {low} and
     {high} in it."""
-    top, bottom = 24, height - _FOOT
+    top, bottom = 30, height - _FOOT
     most = max(h.bars)
     slots = len(h.bars) + (2 if h.beyond else 0)  # one of them is a gap
     slot = (_WIDTH - _LEFT - _RIGHT) / slots
@@ -144,9 +144,9 @@ def histogram_svg(h: Histogram, height: int = 200, link: str = "") -> str:
         if at < _WIDTH - _RIGHT - (62 if h.beyond else 0):
             parts.append(_text(at, bottom + 18, f"{x:,.6g}", "middle"))
     at = px(h.median) + (slot / 2 if h.single else 0)
-    parts.append(f'<line class="median" x1="{at:.1f}" x2="{at:.1f}" y1="{top - 4}" y2="{bottom}"/>')
+    parts.append(f'<line class="median" x1="{at:.1f}" x2="{at:.1f}" y1="{top - 18}" y2="{bottom}"/>')
     side = "start" if at < _WIDTH * 0.7 else "end"
-    parts.append(_text(at + (6 if side == "start" else -6), top + 4, f"median {h.median:,.6g}", side, "said"))
+    parts.append(_text(at + (6 if side == "start" else -6), top - 9, f"median {h.median:,.6g}", side, "said"))
     parts.append(_text(_WIDTH - _RIGHT, height - 4, h.unit))
     return "\n".join([*parts, "</svg>"])
 
@@ -160,7 +160,7 @@ def stages_svg(stages: Sequence[Mapping[str, Any]]) -> str:
     """Rows that went on from each stage and rows that ended there."""
     if not stages:
         return ""
-    line, left, right = 34, 150, 210
+    line, left, right = 34, 110, 210
     height = len(stages) * line + 8
     most = max(max(s["rows"], s["kept"] + s["dropped"]) for s in stages) or 1
     wide = _STAGES_WIDTH - left - right
