@@ -297,6 +297,18 @@ def test_a_report_is_read_a_verdict_at_a_time(tmp_path):
         prepared.head(path)
 
 
+def test_rows_with_personal_data_are_not_shown_as_they_were(tmp_path):
+    messy = tmp_path / "messy.jsonl"
+    messy.write_text('{"text": "call 079 123 45 67"}\n')
+    report = write_report(tmp_path / "report.json", [verdict(str(messy), 1)])
+    for name, shown in (("dedup", True), ("personal", False)):
+        text = report.read_text().replace('"dedup"', f'"{name}"')
+        report.write_text(text)
+        card.make(rows(), tmp_path, CardOptions(html=True), report)
+        left = unpacked((tmp_path / "card.html").read_text(), "left-0")
+        assert ("raw" in left[0]) == shown
+
+
 def test_the_yield_is_on_the_card(tmp_path):
     out = {"path": str(tmp_path / "train.jsonl"), "format": "ftjax", "rows": 10, "sha256": "0"}
     report = write_report(tmp_path / "report.json", [], [out])

@@ -79,7 +79,8 @@ def make(
         "histograms": {name: h.to_json() for name, h in histograms.items()},
         "stages": head["stages"],
         "codes": {code: CODES[code].name for code in sorted(codes) if code in CODES},
-        "outputs": [{**o, "split": o["path"].partition(".")[0]} for o in outputs],
+        "outputs": outputs,
+        "masked": any(stage["name"] == "personal" for stage in head["stages"]),
         "page": {"rows": len(rows.kept), "every": rows.every} if options.html else None,
     }
     if outputs:
@@ -92,7 +93,8 @@ def make(
         shown.append(("stages.png", "Rows that go on from each stage"))
     if options.html:
         said, left = page.judge(rows, Path(report), options.html_rows) if report else ({}, page.Sample(0))
-        page.find_rows(left)
+        if not values["masked"]:
+            page.find_rows(left)
         page.write(folder / "card.html", values, histograms, rows, said, left)
     files.write_json(folder / "card.json", values)
     files.write_text(folder / "card.md", markdown.markdown(values, shown))

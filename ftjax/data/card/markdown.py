@@ -44,7 +44,7 @@ def front_matter(facts: Mapping[str, Any]) -> dict[str, Any]:
     models = [name for name in facts["models"] if name != OTHERS]
     out["tags"] = ["ftjax", *sorted(facts["tasks"]), *(["synthetic"] if models else [])]
     if facts["outputs"]:
-        files = [{"split": f["split"], "path": f["path"]} for f in facts["outputs"]]
+        files = [{"split": _split(f["path"]), "path": f["path"]} for f in facts["outputs"]]
         out["configs"] = [{"config_name": "default", "data_files": files}]
     return out
 
@@ -56,6 +56,12 @@ def size_category(rows: int) -> str:
         if rows < limit:
             return f"{names[i - 1]}<n<{names[i]}" if i else "n<1K"
     return "n>1T"
+
+
+def _split(path: str) -> str:
+    """The hub's name of a split; what is not split is for training."""
+    name = path.partition(".")[0]
+    return "train" if name == "data" else name
 
 
 def _license(name: str) -> str:

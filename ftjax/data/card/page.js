@@ -383,7 +383,9 @@
   const turns = (messages) => (messages ?? []).map((m) => turn(m, m.role === "assistant" ? m.weight !== 0 : undefined));
 
   function conversation({ record, raw }) {
-    if (!record) return raw === undefined ? [make("p", "empty", "The file that this row stood in is not at hand.")] :
+    if (!record) return raw === undefined ? [make("p", "empty", about.masked ?
+      "The row itself is not shown: the recipe looked for personal data, and this may be some." :
+      "The file that this row stood in is not at hand.")] :
       [make("h3", "", "The row as it was"), write(make("pre", "json"), reformatted(raw))];
     const nodes = [];
     if (record.tools?.length) {
@@ -431,12 +433,21 @@
   }
 
   function verdicts(list) {
-    return list.map((v) => {
-      const [name, grave, fix] = about.codes[v.code] ?? ["", "note", ""];
-      const place = [v.stage, v.path].filter(Boolean).join(" · ");
-      return make("div", `verdict ${grave}`, make("b", "", `${v.code} ${name}`), " ",
-        write(make("span", "soft"), place), write(make("p"), v.text),
-        v.fix || fix ? write(make("p", "soft"), `What would be right: ${v.fix || fix}`) : "");
+    const groups = new Map();
+    for (const v of list) {
+      const key = `${v.stage} ${v.code} ${v.outcome}`;
+      groups.set(key, [...(groups.get(key) ?? []), v]);
+    }
+    return [...groups.values()].map((group) => {
+      const [{ stage, code, outcome, fix: own }] = group, [name, grave, usual] = about.codes[code] ?? ["", "note", ""];
+      const lines = group.map((v) => make("p", "", v.path ? write(make("span", "soft"), `${v.path}: `) : "",
+        write(make("span"), v.text)));
+      const more = lines.splice(4);
+      const fix = outcome === "changed" ? "" : own || usual;
+      return make("div", `verdict ${grave}`, make("b", "", `${code} ${name}`), " ",
+        make("span", "soft", [stage, outcome === "changed" ? "and changed" : ""].filter(Boolean).join(" · ")), ...lines,
+        more.length ? make("details", "", make("summary", "", `${number(more.length)} more`), ...more) : "",
+        fix ? write(make("p", "soft"), `What would be right: ${fix}`) : "");
     });
   }
 

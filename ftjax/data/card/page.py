@@ -148,7 +148,9 @@ def judge(rows: Sample, report: Path, most: int) -> tuple[dict[int, list[dict[st
     for (stage, source, line, outcome), group in groupby(
         prepared.verdicts(report), lambda v: (v["stage"], v["source"], v["line"], v["outcome"])
     ):
-        verdicts = [{k: shortened(v[k]) for k in ("code", "text", "path", "fix", "stage")} for v in group]
+        verdicts = [
+            {k: shortened(v[k]) for k in ("code", "text", "path", "fix", "stage", "outcome")} for v in group
+        ]
         if outcome == "dropped":
             if left.wants():
                 name = shown_path(source) if source else UNKNOWN
@@ -171,7 +173,10 @@ def judge(rows: Sample, report: Path, most: int) -> tuple[dict[int, list[dict[st
 
 def find_rows(left: Sample) -> None:
     """Adds to the rows that ended what stood there, where their file is at hand: of JSON lines the line as it
-    is, of others the values."""
+    is, of others the values.
+
+    Not for a set whose personal data was masked or left out: there it may be just what must not be shown.
+    """
     wanted: dict[str, dict[int, list[int]]] = {}
     for i, (entry, _) in enumerate(left.kept):
         if entry["line"] and Path(entry["path"]).expanduser().is_file():
@@ -244,7 +249,7 @@ def write(
             index["said"] = {str(i): list(v) for i, v in said.items()} if name == "rows" else {}
             file.write(_block(name, json.dumps(index).encode()))
         codes = {code: [c.name, c.severity, c.fix] for code, c in CODES.items()}
-        about = {"codes": codes, "estimate": facts["tokens"]["estimate"]}
+        about = {"codes": codes, "estimate": facts["tokens"]["estimate"], "masked": facts["masked"]}
         file.write(_block("about", json.dumps(about).encode()))
         file.write(f"<script>{script}</script>\n</body>\n</html>\n")
     beside.replace(path)
