@@ -3,6 +3,7 @@
 E codes are about the form of a row and W codes about what is unusual in it (both: the table of
 docs/data.md); the other letters belong to the step that gives them: F filter, P personal data and secrets,
 D duplicates, C contamination, M mixing, S synthesis, X extraction, L logs.
+D duplicates, C contamination, S synthesis, Q scores and selection, X extraction, L logs.
 """
 
 from typing import Literal, NamedTuple
@@ -147,4 +148,11 @@ CODES: dict[str, Code] = {
     "C002": Code("test_leak", "warning", "leave the row out of train, or split again by cluster"),
     # ── mixing ──
     "M001": Code("not_drawn", "note", "raise the source's weight or cap, or the total"),
+    # ── scores and selection ──
+    "Q001": Code("ifd_high", "note", "see whether the answer is one to what is asked"),
+    "Q002": Code("not_scored", "note", "the record goes on without scores of the model's"),
+    "Q003": Code("no_rating", "warning", "start the same command again: what was rated is kept"),
+    "Q010": Code("not_selected", "note", "raise k"),
+    "Q011": Code("similar_to_selected", "note", "raise similarity, or dedup before"),
+    "Q012": Code("no_score", "note", "ftjax data score gives it"),
 }

@@ -139,7 +139,7 @@ class Synthesize(Step):
         roles = self.roles()
         if decision is not None and not self._said:
             self._said = True
-            print(before(decision, self.options), file=sys.stderr, flush=True)
+            print(before("synthesize", decision, self.options), file=sys.stderr, flush=True)
         tally = self._tallies[part] = Tally()
         with Bar("sections", None, stream=sys.stderr) as bar:
             yield from Pairs(roles, self.options, tally, bar).of(records)
@@ -171,12 +171,12 @@ class Synthesize(Step):
         return out
 
 
-def before(e: dict[str, float], options: SynthesizeOptions) -> str:
+def before(step: str, e: dict[str, float], options: EndpointOptions) -> str:
     """What the estimate says, in a line."""
     if not e.get("requests"):
-        return "synthesize: nothing to ask"
+        return f"{step}: nothing to ask that is not answered already"
     text = (
-        f"synthesize: about {e['requests']:,.0f} requests, {e['prompt_tokens']:,.0f} tokens of prompts and "
+        f"{step}: about {e['requests']:,.0f} requests, {e['prompt_tokens']:,.0f} tokens of prompts and "
         f"{e['new_tokens']:,.0f} of answers, if every pair passes every check"
     )
     if e.get("kept"):
