@@ -92,7 +92,7 @@ CODES: dict[str, Code] = {
     "X013": Code("code_cut", "note", "raise max_tokens to keep the block whole"),
     "X014": Code("service", "error", "see the service's message; run again later"),
     # ── synthesis ──
-    "S001": Code("no_answer", "error", "start the same command again: what was answered is kept"),
+    "S001": Code("no_answer", "error", "run it again (prepare: --overwrite): what was answered is kept"),
     "S002": Code("cost_limit", "error", "raise max_cost: the same command goes on and pays nothing twice"),
     "S003": Code("cut_off", "warning", "raise max_tokens, or ask for fewer (count)"),
     "S004": Code("not_json", "warning", "a larger model, or json_mode: schema where the endpoint takes it"),
@@ -151,7 +151,7 @@ CODES: dict[str, Code] = {
     # ── scores and selection ──
     "Q001": Code("ifd_high", "note", "see whether the answer is one to what is asked"),
     "Q002": Code("not_scored", "note", "the record goes on without scores of the model's"),
-    "Q003": Code("no_rating", "warning", "start the same command again: what was rated is kept"),
+    "Q003": Code("no_rating", "warning", "run it again (prepare: --overwrite): what was rated is kept"),
     "Q010": Code("not_selected", "note", "raise k"),
     "Q011": Code("similar_to_selected", "note", "raise similarity, or dedup before"),
     "Q012": Code("no_score", "note", "ftjax data score gives it"),

@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from ftjax.data.writer import Answer, Answers, Ask, Local, Speaker, Usage, Writer, count_tokens
+from ftjax.data.writer import Answer, Answers, Ask, Local, Speaker, Usage, Writer, count_tokens, money
 from ftjax.errors import UserError
 
 log = logging.getLogger("ftjax")
@@ -543,7 +543,7 @@ class Endpoint(Writer):
 
 
 def _over_cost(usage: Usage) -> Answer:
-    return Answer(f"max_cost={usage.max_cost:g} is reached ({usage.cost:.4g} spent)", failed="cost")
+    return Answer(f"max_cost={usage.max_cost:g} is reached ({money(usage.cost)} spent)", failed="cost")
 
 
 def _multipart(data: bytes) -> tuple[bytes, str]:

@@ -247,3 +247,8 @@ def _weights_digest(generator) -> str:
         some = np.asarray(flat[:: max(1, flat.size // 512)])
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode() + some.tobytes())
     return digest.hexdigest()
+
+
+def money(amount: float) -> str:
+    """ "12.40", "0.0312", "0"."""
+    return f"{amount:,.2f}" if amount >= 1 else f"{amount:.6f}".rstrip("0").rstrip(".")

@@ -13,7 +13,7 @@ from ftjax.data.record import Judged, Record
 from ftjax.data.steps import Step
 from ftjax.data.synthesize.pairs import KINDS, UNASKED, Pairs, Roles, Tally, estimate
 from ftjax.data.synthesize.prompts import Prompts
-from ftjax.data.writer import Speaker
+from ftjax.data.writer import Speaker, money
 from ftjax.errors import UserError
 from ftjax.evaluate.statistics import wilson
 from ftjax.report.progress import Bar
@@ -182,7 +182,7 @@ def before(step: str, e: dict[str, float], options: EndpointOptions) -> str:
     if e.get("kept"):
         text += f" ({e['kept']:,.0f} of {e['writing']:,.0f} requests of writing are answered already)"
     if options.prices:
-        text += f"; at the most about {e.get('cost', 0.0):.4g}"
+        text += f"; at the most about {money(e.get('cost', 0.0))}"
         if options.max_cost is not None:
             text += f", and never more than max_cost={options.max_cost:g}"
     return text
@@ -191,7 +191,7 @@ def before(step: str, e: dict[str, float], options: EndpointOptions) -> str:
 def after(used: dict[str, Any]) -> str:
     """What was used in this run, in a line."""
     return (
-        f"{used['cost']:.4g} for {used['requests']:,} requests ({used['retries']:,} tries repeated, "
+        f"{money(used['cost'])} for {used['requests']:,} requests ({used['retries']:,} tries repeated, "
         f"{used['cached']:,} answers were at hand), {used['prompt_tokens']:,} tokens of prompts and "
         f"{used['new_tokens']:,} of answers"
     )

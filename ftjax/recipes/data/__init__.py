@@ -37,8 +37,13 @@ STEPS: dict[str, StepVerb] = {
     ),
     "synthesize": StepVerb(
         "question-answer, instruction and preference examples from the sections of documents",
-        "ftjax.data.synthesize:Synthesize",
+        "ftjax.recipes.data.models:Synthesize",
     ),
+    "score": StepVerb(
+        "perplexity, IFD and length of answers, and a judge's ratings, into meta.scores",
+        "ftjax.recipes.data.models:Score",
+    ),
+    "select": StepVerb("keep k rows, by score and diversity, length or chance", "ftjax.data.select:Select"),
 }
 """What chains: each is a verb over files and a key in a recipe of `prepare`."""
 
