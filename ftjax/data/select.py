@@ -162,6 +162,7 @@ class Select(Step):
         if o.by == "deita":
             given = [one.vectors for one in facts]
             parts = [np.load(v, mmap_mode="r") if isinstance(v, str) else v for v in given]
+
             def vector(i: int) -> np.ndarray:
                 held = parts[where[i][0]]
                 assert held is not None
