@@ -9,16 +9,18 @@ import json
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import browser
+import numpy as np
 import pytest
 import yaml
 
 from ftjax.data import card
 from ftjax.data.card import CardOptions, facts, markdown, page, pictures, prepared
 from ftjax.data.record import Record
-from ftjax.data.render import Renderer
+from ftjax.data.render import Rendered, Renderer
 from ftjax.errors import UserError
 from ftjax.recipes.data import main
 
@@ -237,6 +239,10 @@ def test_names_do_not_break_the_tables(tmp_path):
 def test_a_card_needs_rows_and_a_model_for_a_template(tmp_path):
     with pytest.raises(UserError, match="no rows"):
         card.make([], tmp_path, CardOptions())
+    with pytest.raises(UserError, match="no rows .* 2 E002 json"):
+        card.make([], tmp_path, CardOptions(), unreadable={"E002": 2})
+    with pytest.raises(UserError, match="html_rows 0"):
+        card.make(rows(), tmp_path, CardOptions(html_rows=0))
     with pytest.raises(UserError, match="--model"):
         card.make(rows(), tmp_path, CardOptions(chat_template="x.jinja"))
 
@@ -366,6 +372,11 @@ def test_more_rows_than_the_page_holds_are_thinned_evenly():
 def test_long_texts_are_cut_and_say_so():
     made = page.shortened({"a": ["x" * (page.CUT + 7)], "b": 3})
     assert made["b"] == 3 and made["a"][0].endswith("[… 7 more characters, left out on this page]")
+    document = Rendered(np.arange(3), np.array([0.0, 1.0, 1.0]))
+    decode = {(0,): "p" * 100, (1, 2): "a" * page.CUT}
+    tokenizer = types.SimpleNamespace(decode=lambda ids, **_: decode[tuple(ids.tolist())])
+    (_, weight, tokens), (answer, *_) = page.runs(document, tokenizer)
+    assert (weight, tokens) == (0.0, 1) and answer.endswith("[… 100 more characters, left out on this page]")
     assert len(page.shortened("data:image/png;base64," + "A" * 500_000)) < 200
 
 

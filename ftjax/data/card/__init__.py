@@ -49,6 +49,8 @@ def make(
     from ftjax.report import files
     from ftjax.report.progress import Bar
 
+    if options.html_rows < 1:
+        raise UserError(f"card: html_rows {options.html_rows}: the page holds at least one row")
     folder = Path(folder).expanduser()
     head = prepared.head(Path(report)) if report else {"stages": [], "outputs": []}
     renderer = _renderer(options)
@@ -65,7 +67,7 @@ def make(
             if facts.rows % 256 == 0:
                 bar.advance(256)
     if not facts.rows:
-        raise UserError("there are no rows to make a card of")
+        raise UserError(f"there are no rows to make a card of.{markdown.unreadable(unreadable or {})}")
     folder.mkdir(parents=True, exist_ok=True)
     histograms = pictures.of_facts(facts.spreads, facts.scores, options.model is None)
     codes = {code for stage in head["stages"] for code in stage["codes"]}

@@ -141,15 +141,15 @@ def summary(facts: Mapping[str, Any]) -> str:
     )
     for reason, said in tokens["not_rendered"].items():
         text += f" {said['rows']:,} could not be rendered ({reason}) and are not in these counts."
-    return text + unreadable(facts)
+    return text + unreadable(facts["unreadable"])
 
 
-def unreadable(facts: Mapping[str, Any]) -> str:
+def unreadable(codes: Mapping[str, int]) -> str:
     """A sentence on the rows that are missing here since they could not be read."""
-    found = [f"{n:,} {code} {CODES[code].name}" for code, n in facts["unreadable"].items()]
-    if not found:
+    if not codes:
         return ""
-    return f" {sum(facts['unreadable'].values()):,} more rows could not be read: {', '.join(found)}."
+    found = ", ".join(f"{n:,} {code} {CODES[code].name}" for code, n in codes.items())
+    return f" {sum(codes.values()):,} more rows could not be read: {found}."
 
 
 def contents(facts: Mapping[str, Any]) -> list[list[str]]:

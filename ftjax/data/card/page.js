@@ -417,10 +417,8 @@
     const partly = documents.some(({ runs }) => runs.some(([, weight]) => weight && weight !== 1));
     const nodes = [make("p", "key", make("i", "on", "trained"),
       partly ? make("i", "part", "trained with another weight") : "", make("i", "", "given, not trained"))];
-    for (const { name, runs, notes } of documents) {
-      const total = runs.reduce((sum, run) => sum + run[2], 0);
-      const trained = runs.reduce((sum, run) => sum + (run[1] > 0 ? run[2] : 0), 0);
-      nodes.push(make("h3", "", `${name ? name + ": " : ""}${number(total)} tokens, ${number(trained)} trained`));
+    for (const { name, tokens: all, trained, runs, notes } of documents) {
+      nodes.push(make("h3", "", `${name ? name + ": " : ""}${number(all)} tokens, ${number(trained)} trained`));
       const box = make("div", "mask");
       for (const [text, weight, tokens] of runs) {
         const run = make("span", weight === 1 ? "on" : weight ? "part" : "");
@@ -576,5 +574,6 @@
     document.documentElement.dataset.ready = "yes";
   }
 
-  start();
+  start().catch((error) => $("overview").prepend(make("p", "empty",
+    `The rows can't be shown: ${error.message}. The page needs a browser of 2023 or later.`)));
 })();

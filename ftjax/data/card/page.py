@@ -87,7 +87,13 @@ def put_row(sample: Sample, m: Measured, tokenizer: Any) -> None:
     }
     names = ("chosen", "rejected") if len(m.documents) == 2 and record.task == "preference" else ("",)
     mask = [
-        {"name": name, "runs": runs(document, tokenizer), "notes": document.notes}
+        {
+            "name": name,
+            "tokens": len(document.tokens),
+            "trained": int((document.loss_weight > 0).sum()),
+            "runs": runs(document, tokenizer),
+            "notes": document.notes,
+        }
         for name, document in zip(names * len(m.documents), m.documents, strict=False)
     ]
     values = shortened(record.to_json())
@@ -332,7 +338,7 @@ def _overview(
     for reason, said in tokens["not_rendered"].items():
         notes.append(f"{said['rows']:,} rows could not be rendered ({reason}) and count no tokens.")
     if facts["unreadable"]:
-        notes.append(markdown.unreadable(facts).strip())
+        notes.append(markdown.unreadable(facts["unreadable"]).strip())
     if len(rows.kept) < facts["rows"]:
         notes.append(
             f"This page holds {len(rows.kept):,} of the {facts['rows']:,} rows, evenly spaced (every "
