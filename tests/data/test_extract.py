@@ -214,6 +214,12 @@ def test_a_page_with_nothing_to_learn_from_says_so(body, code):
     assert caught.value.code == code
 
 
+@pytest.mark.parametrize("tag", ["<div>", "<b>", "<ul><li>", "<table><tr><td>"])
+def test_a_page_nested_beyond_all_measure_is_said_to_be(tag):
+    with pytest.raises(Unreadable, match="nested too deeply"):
+        read((tag * 3000 + "words " * 30).encode(), "html")
+
+
 def test_charsets():
     words = "<main><p>" + "Größe naïve — ".replace("—", "-") * 5 + "</p></main>"
     latin = ("<html><head><meta charset=iso-8859-1></head>" + words).encode("latin-1")

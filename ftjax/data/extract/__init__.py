@@ -123,6 +123,17 @@ def read(
 ) -> Document:
     """A document of one of the formats html, markdown, rst, notebook, text, pdf, docx. Raises Unreadable."""
     options = options or ExtractOptions()
+    try:
+        document = _read(data, kind, charset, url, options)
+    except RecursionError:  # some 480 elements, one in another
+        raise Unreadable("X001", "nested too deeply") from None
+    lines = document.text.split("\n")
+    if all(not line.strip() or (document.markdown and line[0] == "#") for line in lines):
+        raise Unreadable("X002", "no text but headings" if document.text.strip() else "no text")
+    return document
+
+
+def _read(data: bytes, kind: str, charset: str | None, url: str, options: ExtractOptions) -> Document:
     if kind == "pdf":
         document = pdf.read(data)
     elif kind == "docx":
@@ -141,8 +152,4 @@ def read(
             assert kind == "text", kind
             document = text.read_plain(characters)
         document.verdicts += said
-    if not any(
-        line.strip() and (not document.markdown or line[0] != "#") for line in document.text.split("\n")
-    ):
-        raise Unreadable("X002", "no text but headings" if document.text.strip() else "no text")
     return document

@@ -281,7 +281,7 @@ class _Reader(Writer):
             while end < len(lines) and lines[end].startswith(("+", "|")):
                 end += 1
             rows = _grid([line.rstrip() for line in lines[i:end]])
-            if rows is None:
+            if not rows:
                 self.put_code("\n".join(lines[i:end]))
             else:
                 self.put_table([[self.inline(cell) for cell in row] for row in rows])
