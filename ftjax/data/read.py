@@ -132,6 +132,10 @@ class Part:
         read = [VERSION, self.source.path, self.source.columns, self.format, self.detected, self.digest]
         return hashlib.sha256(json.dumps([*read, self.begin, self.line]).encode()).hexdigest()
 
+    def rows(self) -> Iterator[Row]:
+        """Its rows as they are, whatever their format."""
+        return _rows(self.source, _Span(self.begin, self.end, self.line), False, careful=True)
+
     def judged(self) -> Iterator[Judged]:
         """Its rows in order: a record with the warnings on its row, or None with what is wrong with it.
 
@@ -139,7 +143,7 @@ class Part:
         `given` the row as it was.
         """
         path = self.source.path
-        for row in _rows(self.source, _Span(self.begin, self.end, self.line), False, careful=True):
+        for row in self.rows():
             found = Findings(path, row.line)
             found.extend(row.said)
             if row.values is None:

@@ -48,6 +48,7 @@ STEPS: dict[str, StepVerb] = {
 """What chains: each is a verb over files and a key in a recipe of `prepare`."""
 
 VERBS = {
+    "logs": Verb("examples from production logs: sampled, masked, by what users said of them", "logs"),
     "card": Verb("describe a set: counts, licences, sources, pictures, a page to browse it in", "card"),
     "inspect": Verb("what a file holds: format, counts, tokens, languages, and what is wrong", "inspect"),
     "render": Verb("show examples as the model sees them, the trained tokens coloured", "render"),

@@ -25,6 +25,8 @@ from ftjax import config
 from ftjax.data import card, engine, extract, pipeline, read, write
 from ftjax.data.card import CardOptions
 from ftjax.data.extract import ExtractOptions
+from ftjax.data.logs import Logs, LogsOptions
+from ftjax.data.logs import parts as log_parts
 from ftjax.data.options import DataSource
 from ftjax.data.record import Judged, Record
 from ftjax.data.steps import Part, Step
@@ -60,6 +62,22 @@ class Documents:
     """Put into every record's meta."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class LogFiles:
+    """Production logs to take examples from."""
+
+    __pydantic_config__: ClassVar = config.STRICT
+
+    logs: list[str]
+    """Files of requests with responses, chats, or OpenTelemetry's spans."""
+    take: LogsOptions = field(default_factory=LogsOptions)
+    """What of them becomes examples."""
+    license: str | None = None
+    """What they may be used under."""
+    tags: dict[str, str] = field(default_factory=dict)
+    """Put into every record's meta."""
+
+
 class Read(Step):
     """The records as they are: sources are read, fetched and extracted once, whatever follows."""
 
@@ -89,7 +107,7 @@ def recipe_type() -> type:
 
         output: str
         """The folder for the set: a file for each split, report.json and what steps add."""
-        sources: list[Source | Documents]
+        sources: list[Source | Documents | LogFiles]
         """What is read, in this order."""
         steps: list[step_entry()] = field(default_factory=list)  # type: ignore[valid-type]
         """What is done, in this order."""
@@ -139,17 +157,24 @@ def main(argv: list[str]) -> int:
     if arguments.overwrite:
         shutil.rmtree(output / ".stages", ignore_errors=True)
     write.check(output, recipe.format)
+    runner = engine.open_engine(recipe.engine, recipe.processes)
+    stages: list[pipeline.Stage] = []
     parts: list[Part] = []
     for source in recipe.sources:
         meta = {**({"license": source.license} if source.license else {}), **source.tags}
         if isinstance(source, Documents):
             with stage.progress() as said:
                 found = extract.parts_of(source.documents, source.extract, said)
+        elif isinstance(source, LogFiles):
+            rows = [part for file in source.logs for part in log_parts(file, recipe.rows_per_part)]
+            with stage.progress() as said:
+                made = pipeline.run(Logs(source.take), rows, output / ".stages", runner, said)
+            stages.append(made)
+            print("\n".join(stage.summary(made, [])), flush=True)
+            found = made.parts
         else:
             found = read.parts(source, recipe.rows_per_part)
         parts += [Labelled(part, tuple(meta.items())) for part in found] if meta else found
-    runner = engine.open_engine(recipe.engine, recipe.processes)
-    stages: list[pipeline.Stage] = []
     with stage.progress() as said:
         chosen = [_chosen(entry) for entry in recipe.steps]
         for step in [Read(None), *(load_step(name)(options) for name, options in chosen)]:

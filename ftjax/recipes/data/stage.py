@@ -26,13 +26,17 @@ ROWS_PER_PART = 20_000
 
 def main(name: str, argv: list[str]) -> int:
     """Runs the step over the files; writes what goes on and the report where that is asked for."""
-    step_class = load_step(name)
-    arguments, given = _parse(name, step_class.Options, argv)
+    return run(name, STEPS[name].about, load_step(name), argv)
+
+
+def run(name: str, about: str, step_class: type, argv: list[str], parts_of=read.parts) -> int:
+    """Likewise with a step given, and how a source is cut into its parts."""
+    arguments, given = _parse(name, about, step_class.Options, argv)
     step = step_class(config.from_flags(step_class.Options, given))
     found = sources(arguments)
     if arguments.output:
         write.check(arguments.output, arguments.to)
-    parts = [part for source in found for part in read.parts(source, ROWS_PER_PART)]
+    parts = [part for source in found for part in parts_of(source, ROWS_PER_PART)]
     with work(arguments.output) as folder, progress() as said:
         stage = pipeline.run(
             step, parts, folder, engine.open_engine(arguments.engine, arguments.processes), said
@@ -54,11 +58,11 @@ def main(name: str, argv: list[str]) -> int:
 # ── the command line ──────────────────────────────────────────────────────────────────────────────
 
 
-def _parse(name: str, options: type, argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+def _parse(
+    name: str, about: str, options: type, argv: list[str]
+) -> tuple[argparse.Namespace, dict[str, Any]]:
     """(the arguments that every step has, the options that were given)."""
-    parser = argparse.ArgumentParser(
-        prog=f"ftjax data {name}", description=f"{STEPS[name].about[0].upper()}{STEPS[name].about[1:]}."
-    )
+    parser = argparse.ArgumentParser(prog=f"ftjax data {name}", description=f"{about[0].upper()}{about[1:]}.")
     add_sources(parser)
     parser.add_argument("--output", "-o", help="where the rows that go on are written: a file, or a folder")
     if "to" in {field.name for field in dataclasses.fields(options)}:
