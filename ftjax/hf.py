@@ -373,7 +373,8 @@ def load_tokenizer(source: Source, *, need_chat_template: bool = False):
 
 
 def tokenizer_of(model: str):
-    """The tokenizer of a model (folder, hub id or .gguf file), or of a folder that holds nothing else."""
+    """The tokenizer of a model (folder, hub id or .gguf file), or of a folder that holds nothing else.
+    Raises UserError."""
     folder = Path(model).expanduser()
     if (folder / "tokenizer.json").is_file() and not (folder / "config.json").is_file():
         from transformers import AutoTokenizer

@@ -143,9 +143,9 @@ class Validate(Step):
 def renderer_of(model: str) -> Any:
     """A Renderer with the tokenizer and the template of a model, or of a folder with a tokenizer."""
     from ftjax.data.render import Renderer
-    from ftjax.data.tokenizer import load
+    from ftjax.hf import tokenizer_of
 
-    return Renderer(load(model))
+    return Renderer(tokenizer_of(model))
 
 
 def _hash(text: str) -> int:

@@ -221,12 +221,13 @@ class Facts:
 
 
 def set_hash(ids: np.ndarray) -> str:
-    """Of the content of some records, whatever their order: the sha256 of their ids (16 hex digits each), one
-    a line, sorted."""
+    """Of the content of some records, whatever their order: the sha256 of their ids (16 hex digits each),
+    sorted, with a line break between two."""
     digest = hashlib.sha256()
     ids = np.sort(ids)
     for begin in range(0, len(ids), 100_000):
-        digest.update("".join(f"{i:016x}\n" for i in ids[begin : begin + 100_000].tolist()).encode())
+        text = "\n".join(f"{i:016x}" for i in ids[begin : begin + 100_000].tolist())
+        digest.update(("\n" * (begin > 0) + text).encode())
     return digest.hexdigest()
 
 
