@@ -28,12 +28,20 @@ STEPS: dict[str, StepVerb] = {
         "leave out or flag answers that are empty, refused, cut off, looping, broken …",
         "ftjax.data.filter:Filter",
     ),
+    "contam": StepVerb(
+        "find benchmarks' items, and the set's own test rows, in the training rows",
+        "ftjax.data.contamination:Contam",
+    ),
     "dedup": StepVerb(
         "find duplicates, exact, near or in meaning, and keep one of each", "ftjax.data.dedup:Dedup"
     ),
+    "mix": StepVerb("draw several sources in given shares", "ftjax.data.mix:Mix"),
     "personal": StepVerb("find personal data and secrets, and mask them", "ftjax.data.personal:Personal"),
     "convert": StepVerb(
         "rows of any format to any other, and what they lose on the way", "ftjax.data.convert:Convert"
+    ),
+    "split": StepVerb(
+        "train, eval and test sides, what belongs together on one side", "ftjax.data.split:Split"
     ),
     "synthesize": StepVerb(
         "question-answer, instruction and preference examples from the sections of documents",
