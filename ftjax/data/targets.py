@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from ftjax.data import formats
+from ftjax.data.formats.messages import loads
 from ftjax.data.formats.mistral import CALL_ID, turn_error
 from ftjax.data.record import Findings, Record, Verdict, is_trained
 from ftjax.errors import UserError
@@ -318,7 +319,7 @@ def _function(function: dict, at: str, found: Findings, names: set[str] | None, 
         found.add("E022", at, text, "write it as JSON text (ftjax data convert does)")
         return
     try:
-        inner = json.loads(arguments)
+        inner = loads(arguments)
     except json.JSONDecodeError as e:
         found.add("E022", at, f"{at} is no JSON: {e.msg} at column {e.colno}")
         return
@@ -423,7 +424,8 @@ def _fireworks(values: dict[str, Any], found: Findings) -> None:
         _openai_preference(values, found)
         return
     _openai(values, found, Images(10, ("png", "jpg", "jpeg")))
-    for i, message in enumerate(values.get("messages") or ()):
+    messages = values.get("messages")
+    for i, message in enumerate(messages if isinstance(messages, list) else ()):
         if i and isinstance(message, dict) and message.get("role") in ("system", "developer"):
             at = f"messages[{i}]"
             found.add("E026", at, f"{at} is the system's, which may only be the first")
@@ -452,9 +454,10 @@ def _together(values: dict[str, Any], found: Findings) -> None:
     for message in messages:
         _openai_message(message, found, ("system", "user", "assistant"), Images(10, ("jpeg", "png", "webp")))
     for before, message in zip(messages, messages[1:], strict=False):
-        if message.get("role") == before.get("role"):
+        role = message.get("role")
+        if role == before.get("role"):
             at = message["at"]
-            found.add("E026", at, f"{at} is the {message['role']}'s as the one before; roles have to change")
+            found.add("E026", at, f"{at} is the {role}'s as the one before; roles have to change")
     _weights(messages, found, ("system", "user", "assistant"))
     kinds = {type(m["content"]) for m in messages if m.get("content") is not None}
     if len(kinds) > 1:
@@ -590,7 +593,7 @@ def _tools_of_templates(values: dict[str, Any], found: Findings) -> set[str] | N
     tools = values.get("tools")
     if isinstance(tools, str):  # datasets older than 4.7 hold them as JSON
         try:
-            tools = json.loads(tools)
+            tools = loads(tools)
         except json.JSONDecodeError as e:
             found.add("E020", "tools", f"tools is broken JSON: {e.msg}")
             return None

@@ -367,3 +367,19 @@ def test_gzip_of_csv_is_read(tmp_path):
         file.write("prompt,completion\nq,a\n")
     ((judged,),) = [list(p.judged()) for p in parts(str(tmp_path / "a.csv.gz"))]
     assert judged.record.raw == ("q", "a")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5000])
+def test_json_that_python_will_not_read_is_an_error_of_the_row(text):
+    call = {"function": {"name": "f", "arguments": text}}
+    for row, format in (
+        ({"messages": [U, {"role": "assistant", "tool_calls": [call]}]}, "chat"),
+        ({"messages": [U, A], "tools": text}, "chat"),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": text}]},
+            "sharegpt",
+        ),
+    ):
+        found = Findings()
+        formats.read(row, format, found)
+        assert found.error is not None or text[0] == "9"

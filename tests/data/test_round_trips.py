@@ -3,6 +3,8 @@
 import copy
 import itertools
 import json
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from ftjax.data import formats
 from ftjax.data.formats import FORMATS, LOSSES, writer
 from ftjax.data.record import TASKS, Findings, Record
+from ftjax.data.targets import TARGETS
 
 fast = pytest.mark.fast
 
@@ -238,7 +241,23 @@ QUIET = {
     "report_multiple_bugs": False,
     "derandomize": True,
 }
+_CELLS = re.findall(
+    r"^\| `(\w+)` \|[^|]*\| ([^|]*) \| ([^|]*) \|$",
+    (Path(__file__).parents[2] / "docs/data.md").read_text(),
+    re.MULTILINE,
+)
+DOCUMENTED = {n: (set(tasks.split(", ")), set(lost.split(", "))) for n, tasks, lost in _CELLS}
 SETTINGS = settings(max_examples=25, **QUIET)
+
+
+@fast
+def test_the_table_in_the_docs_is_of_these_formats():
+    assert {n: tasks for n, (tasks, _) in DOCUMENTED.items()} == {
+        f.name: set(f.tasks) for f in FORMATS.values()
+    }
+    named = {loss for _, lost in DOCUMENTED.values() for loss in lost} - {"nothing"}
+    of_casts = {"answer", "rejected", "label", "steps", "roles", "trained part"}
+    assert named == set(LOSSES) - of_casts
 
 
 @fast
@@ -254,6 +273,7 @@ def test_a_record_comes_back_minus_the_losses(format, data):
         assert written.refused[0] in formats_codes() and not written.rows
         return
     assert set(written.losses) <= set(LOSSES) and len(set(written.losses)) == len(written.losses)
+    assert set(written.losses) <= DOCUMENTED[format][1]
     (again,) = back(written.rows, format)
     assert normal(again, written.losses) == normal(record, written.losses)
     for one in written.losses:  # and each of them is one
@@ -287,3 +307,49 @@ def test_from_each_format_to_each_and_back(a, b, data):
         home = writer(a)(came_)
         if not there.losses:
             assert home.rows == first.rows
+
+
+# ── rows that are not as they should be ───────────────────────────────────────────────────────────
+
+
+@st.composite
+def spoilt(draw, value):
+    """The value with something in it replaced, taken away or added."""
+    if isinstance(value, dict) and value and draw(st.integers(0, 3)):
+        key = draw(st.sampled_from(sorted(value)))
+        if draw(st.integers(0, 5)) == 0:
+            return {k: v for k, v in value.items() if k != key}
+        return {**value, key: draw(spoilt(value[key]))}
+    if isinstance(value, list) and value and draw(st.integers(0, 3)):
+        at = draw(st.integers(0, len(value) - 1))
+        return [*value[:at], draw(spoilt(value[at])), *value[at + 1 :]]
+    return draw(
+        json_value | st.sampled_from(["[", "{}", "[[]]", '{"role": 1}', {"role": []}, [{"role": "user"}]])
+    )
+
+
+@fast
+@pytest.mark.parametrize("format", FORMATS)
+@SETTINGS
+@given(st.data())
+def test_no_row_is_too_odd_to_be_judged(format, data):
+    written = writer(format)(data.draw(records(data.draw(st.sampled_from(FORMATS[format].tasks)))))
+    for row in written.rows:
+        row = json.loads(json.dumps(row))
+        for _ in range(3):
+            row = data.draw(spoilt(row))
+            if not isinstance(row, dict):
+                return
+            found = Findings()
+            formats.matches(row)
+            record = formats.read(row, format, found)
+            assert (record is None) == (found.error is not None)
+            for target in TARGETS.values():
+                if format in target.shapes:
+                    target.check(row, Findings())
+            if record is not None:
+                json.dumps(record.to_json())
+                record.prompt_text(), record.answer_text()
+                for to in FORMATS:
+                    again = writer(to)(record)
+                    assert bool(again.rows) != bool(again.refused)

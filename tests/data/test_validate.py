@@ -343,6 +343,13 @@ def test_lengths_by_a_models_tokens(tmp_path, write):
     ]
 
 
+def test_every_code_of_form_is_in_the_docs():
+    table = (Path(__file__).parents[2] / "docs/data.md").read_text()
+    for code, (name, severity, fix) in CODES.items():
+        if code[0] in "EW":
+            assert f"| {code} | {name} | {severity} | {fix} |" in table
+
+
 def test_options_that_make_no_sense():
     with pytest.raises(UserError, match="there is no 'opanai'"):
         Validate(ValidateOptions(target="opanai"))

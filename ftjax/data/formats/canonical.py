@@ -72,6 +72,9 @@ def _check(record: Record, found: Findings) -> None:
         found.add("E050", "label", "an unpaired row needs a label")
     if record.task in ("prompt_only", "stepwise") and not record.messages:
         found.add("E010", "messages", "messages is missing or empty")
+    strings = {"sft": 2, "unpaired": 2, "preference": 3, "lm": 0}.get(record.task, 1)
+    if record.raw and len(record.raw) != strings:
+        found.add("E007", "raw", f"raw has {len(record.raw)} strings, not the {strings} of {record.task}")
     if record.task == "lm" and not record.text.strip():
         found.add("E013", "text", "text is empty")
     if record.task == "stepwise" and not (

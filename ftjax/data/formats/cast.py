@@ -81,6 +81,8 @@ def _of_preference(record: Record, wanted: str):
             None,
         )
     if wanted == "prompt_only":
+        if not record.messages:
+            return [], [], ("E008", "the pair has no prompt")
         raw = record.raw[:1] if record.raw else None
         prompt = replace(record, task="prompt_only", chosen=[], rejected=[], raw=raw)
         return [prompt], ["answer", "rejected"], None

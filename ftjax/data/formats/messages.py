@@ -51,7 +51,8 @@ def _message(message: Any, path: str, found: Findings) -> dict | None:
         return None
     role = message["role"]
     if role not in ROLES:
-        near = [_ALIASES[role]] if role in _ALIASES else difflib.get_close_matches(str(role), ROLES, n=1)
+        alias = _ALIASES.get(str(role))
+        near = [alias] if alias else difflib.get_close_matches(str(role), ROLES, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"roles are {', '.join(ROLES)}"
         found.add("E011", f"{path}.role", f"{path} has the role {role!r}; {hint}")
         return None
@@ -180,7 +181,7 @@ def _arguments(arguments: Any, path: str, found: Findings) -> dict | None:
         return {}
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
+            arguments = loads(arguments) if arguments.strip() else {}
         except json.JSONDecodeError as e:
             found.add("E022", path, f"{path} is no JSON: {e.msg} at column {e.colno}")
             return None
@@ -214,7 +215,7 @@ def parsed(value: Any, found: Findings, path: str) -> Any:
     """The value, read from JSON if it is a string that looks like it (CSV and Parquet cells)."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return json.loads(value)
+            return loads(value)
         except json.JSONDecodeError as e:
             found.add("E007", path, f"{path} is broken JSON: {e.msg} at column {e.colno}")
             return None
@@ -226,9 +227,20 @@ def decoded(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return loads(value)
     except json.JSONDecodeError:
         return value
+
+
+def loads(text: str) -> Any:
+    """As json.loads; whatever is wrong is a JSONDecodeError (too deep nesting, numbers of thousands of
+    digits)."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except (ValueError, RecursionError) as e:
+        raise json.JSONDecodeError(f"too deep, or too large a number ({type(e).__name__})", text, 0) from None
 
 
 def as_messages(value: Any, role: str, path: str, found: Findings) -> list[dict]:

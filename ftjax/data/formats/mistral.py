@@ -106,6 +106,8 @@ def _write(record: Record) -> Written:
         answers = [i for i, m in enumerate(out) if m["role"] == "assistant"]
         if any(out[i].get("weight", 1) for i in answers[:-1]):
             losses.append("earlier answers")
+            if "fractional weight" in losses and record.messages[-1].get("weight", 1.0) in (0, 1):
+                losses.remove("fractional weight")
     return Written([row], losses)
 
 

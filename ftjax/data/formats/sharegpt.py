@@ -5,7 +5,7 @@ from typing import Any
 
 from ftjax.data.formats.chat import lost
 from ftjax.data.formats.format import Format, Written
-from ftjax.data.formats.messages import conversation, flag, has_answer, parsed, rest, tools_of
+from ftjax.data.formats.messages import conversation, flag, has_answer, loads, parsed, rest, tools_of
 from ftjax.data.formats.pairs import pair
 from ftjax.data.record import Findings, Record
 
@@ -85,7 +85,7 @@ def _messages(turns: list, name: str, found: Findings, images: list) -> list[dic
             call = parsed(said, found, f"{name}[{i}].value")
             given.append({"role": "assistant", "tool_calls": call, **more})
             continue
-        role = _ROLES.get(who, who)
+        role = _ROLES.get(str(who), who)
         if role == "user" and images and isinstance(said, str) and _IMAGE in said:
             said = _with_images(said, images)
         given.append({"role": role, "content": said, **more})
@@ -94,7 +94,7 @@ def _messages(turns: list, name: str, found: Findings, images: list) -> list[dic
 
 def _is_call(said: Any) -> bool:
     try:
-        said = json.loads(said) if isinstance(said, str) else said
+        said = loads(said) if isinstance(said, str) else said
     except json.JSONDecodeError:
         return False
     calls = said if isinstance(said, list) else [said]
