@@ -103,11 +103,13 @@ def _write(record: Record) -> Written:
         row["tools"] = tools = [_whole(tool) for tool in record.tools]
         if tools != record.tools:
             losses.append("tool defaults")
-        answers = [i for i, m in enumerate(out) if m["role"] == "assistant"]
-        if any(out[i].get("weight", 1) for i in answers[:-1]):
+        earlier = [m for m in out[:-1] if m["role"] == "assistant"]
+        if any(m.get("weight", 1) for m in earlier):
             losses.append("earlier answers")
             if "fractional weight" in losses and record.messages[-1].get("weight", 1.0) in (0, 1):
                 losses.remove("fractional weight")
+        for message in earlier:  # said, since it is so
+            message["weight"] = 0
     return Written([row], losses)
 
 
