@@ -583,11 +583,12 @@ def _in_words_at(cls, path: Path) -> str:
 
 
 def _described(cls) -> dict[str, Any]:
-    """Its JSON Schema. Pydantic finds the docstrings of a class's own fields only, so add its parent's."""
+    """Its JSON Schema. Pydantic finds the docstrings of a class's own fields only, so add its parents'."""
     tree = _adapter(cls).json_schema()
-    if RunConfig in cls.__bases__:
-        for name, field in _adapter(RunConfig).json_schema()["properties"].items():
-            tree["properties"][name].setdefault("description", field["description"])
+    for parent in filter(dataclasses.is_dataclass, cls.__bases__):
+        for name, field in _described(parent)["properties"].items():
+            if "description" in field:
+                tree["properties"][name].setdefault("description", field["description"])
     return tree
 
 

@@ -55,15 +55,19 @@ def test_synthesize(sections, tmp_path, capsys):
         assert (tmp_path / "again.jsonl").read_text() == out.read_text()
 
 
-def test_recipe_from_sections_to_a_selection(sections, tmp_path, capsys):
-    recipe = tmp_path / "recipe.yaml"
+def test_recipe_from_documents_to_a_selection(tmp_path, monkeypatch):
+    monkeypatch.setenv("FTJAX_CACHE", str(tmp_path / "cache"))
+    guide, recipe = tmp_path / "guide.md", tmp_path / "recipe.yaml"
+    guide.write_text(f"# Guide\n\n{UPLOADS}\n{SESSIONS}")
     with FakeEndpoint(reply) as fake:
         recipe.write_text(f"""
 output: {tmp_path / "set"}
 sources:
-  - path: {sections}
+  - documents: [{guide}]
+    license: BSD-3-Clause
+    extract: {{min_tokens: 1}}
 steps:
-  - synthesize: {{writer: "big@{fake.url}", votes: 1}}
+  - synthesize: {{writer: "big@{fake.url}", votes: 1, min_section: 100}}
   - score: {{judge: "big@{fake.url}"}}
   - select: {{k: 1}}
 card: null
@@ -74,4 +78,17 @@ processes: 2
     (row,) = rows(file)
     assert row["messages"][0]["content"] == COOKIE["question"]
     assert row["meta"]["scores"] == {"length": 10, "complexity": 2.0, "quality": 5.0}
-    assert row["meta"]["evidence"]["quote"] == COOKIE["quote"] and row["meta"]["section"] == "s1"
+    meta = row["meta"]
+    assert meta["evidence"]["quote"] == COOKIE["quote"] and meta["license"] == "BSD-3-Clause"
+    assert meta["breadcrumb"][-1] == "Sessions" and meta["section"] and "guide.md" in meta["group"]
+    # the section's offset leads to the quote in the document
+    begin, end = meta["offset"]
+    assert COOKIE["quote"] in guide.read_text()[begin:end]
+
+
+def test_help_tells_of_inherited_options(capsys):
+    for verb in ("synthesize", "score"):
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        said = " ".join(capsys.readouterr().out.split())
+        assert "Stop before the requests of this run cost more" in said

@@ -319,6 +319,7 @@ class Pairs:
         made = {"kind": c.kind, "model": self.roles.writer.name, "prompt": self.hashes[c.kind]}
         evidence = c.evidence if c.kind == "conversation" else next(iter(c.evidence), None)
         meta = {**c.section.meta, **made, **({"evidence": evidence} if evidence else {}), **c.found}
+        meta.pop("tokens_estimate", None)  # the section's
         turns = [(turn["question"].strip(), turn.get("answer", o.unanswered).strip()) for turn in c.turns]
         if o.context or c.kind == "unanswerable":
             meta["context_prompt"] = self.hashes["context"]
