@@ -186,7 +186,8 @@ class Score(Step):
         if self._usage is None:
             return {}
         used = self._usage.to_json()
-        return {"cost": after(used), "used": used, "prompts": {"score": self._prompts.hash("score")}}
+        numbers = {"used": used, "prompts": {"score": self._prompts.hash("score")}}
+        return {"cost": after(used), "numbers": numbers}
 
 
 class Forward:

@@ -61,7 +61,7 @@ class SelectOptions:
 class _Facts(NamedTuple):
     scores: np.ndarray
     """float64 [rows], NaN for none."""
-    hashes: list[str]
+
     vectors: str | np.ndarray | None
     """[rows, X], each of length 1; or the file with them."""
 
@@ -93,10 +93,9 @@ class Select(Step):
 
     def facts(self, records: Iterable[Record], part: int) -> _Facts:
         o = self.options
-        scores, hashes, vectors, texts = [], [], [], []
+        scores, vectors, texts = [], [], []
         for record in records:
             scores.append(self._score(record))
-            hashes.append(record.id if o.by == "random" else "")
             if o.by == "deita":
                 texts.append(f"{record.prompt_text(system=False)}\n{record.answer_text()}")
                 if len(texts) == 256:
@@ -111,13 +110,14 @@ class Select(Step):
                 path = Path(self.folder) / f"vectors-{part:05}.npy"
                 np.save(path, kept)
                 kept = str(path)
-        return _Facts(np.array(scores, np.float64), hashes, kept)
+        return _Facts(np.array(scores, np.float64), kept)
 
     def _score(self, record: Record) -> float:
         """What to sort by; NaN where the record has not got it."""
         o, scores = self.options, record.meta.get("scores") or {}
         if o.by == "random":
-            return 0.0
+            draw = hashlib.sha256(f"{o.seed} {record.id}".encode()).digest()
+            return float(int.from_bytes(draw[:8], "big"))
         if o.by == "longest":
             return float(len(record.answer_text()))
         if o.score:
@@ -138,9 +138,8 @@ class Select(Step):
 
     def decide(self, facts: Sequence[_Facts]) -> _Decision:
         o = self.options
-        where = [(part, row) for part, one in enumerate(facts) for row in range(len(one.scores))]
-        scores = np.concatenate([one.scores for one in facts]) if facts else np.zeros(0)
-        fates = [np.full(len(one.scores), DROPPED, np.uint8) for one in facts]
+        scores = np.concatenate([np.zeros(0), *(one.scores for one in facts)])
+        ends = np.cumsum([len(one.scores) for one in facts])
         usable = np.flatnonzero(~np.isnan(scores))
         if len(scores) and not len(usable):
             name = o.score or "complexity and quality"
@@ -149,36 +148,36 @@ class Select(Step):
                 + (f" below {o.below:g}" if o.below is not None else "")
                 + ": `ftjax data score` gives them"
             )
-        for i in np.flatnonzero(np.isnan(scores)):
-            part, row = where[i]
-            fates[part][row] = UNSCORED
-        order: list[int]
-        if o.by == "random":
-            ids = [h for one in facts for h in one.hashes]
-            order = sorted(usable.tolist(), key=lambda i: (_draw(o.seed, ids[i]), i))
-        else:
-            order = usable[np.argsort(-scores[usable], kind="stable")].tolist()
-        similar: dict[tuple[int, int], float] = {}
+        order = usable[np.argsort(-scores[usable], kind="stable")]
+
+        def place(i: int) -> tuple[int, int]:
+            part = int(np.searchsorted(ends, i, side="right"))
+            return part, int(i - ends[part] + len(facts[part].scores))
+
+        left_out: dict[int, float] = {}
         if o.by == "deita":
             given = [one.vectors for one in facts]
             parts = [np.load(v, mmap_mode="r") if isinstance(v, str) else v for v in given]
 
             def vector(i: int) -> np.ndarray:
-                held = parts[where[i][0]]
+                part, row = place(i)
+                held = parts[part]
                 assert held is not None
-                return held[where[i][1]]
+                return held[row]
 
             chosen, left_out = diverse(order, vector, o.k, o.similarity)
-            similar = {where[i]: s for i, s in left_out.items()}
         else:
             chosen = order[: o.k]
-        for i in chosen:
-            part, row = where[i]
-            fates[part][row] = SELECTED
-        for part, row in similar:
-            fates[part][row] = SIMILAR
+        fates = np.full(len(scores), DROPPED, np.uint8)
+        fates[np.isnan(scores)] = UNSCORED
+        fates[chosen] = SELECTED
+        fates[list(left_out)] = SIMILAR
         short = f"; {o.k} were asked for" if len(chosen) < o.k else ""
-        return _Decision(fates, similar, f"{len(chosen)} of {len(scores)}{short}")
+        return _Decision(
+            np.split(fates, ends[:-1]),
+            {place(i): near for i, near in left_out.items()},
+            f"{len(chosen)} of {len(scores)}{short}",
+        )
 
     def apply(self, records: Iterable[Record], decision: _Decision, part: int) -> Iterator[Judged]:
         o = self.options
@@ -206,12 +205,8 @@ class Select(Step):
         return {"selected": decision.said, "too similar": len(decision.similar)}
 
 
-def _draw(seed: int, id: str) -> bytes:
-    return hashlib.sha256(f"{seed} {id}".encode()).digest()
-
-
 def diverse(
-    order: Sequence[int], vector: Callable[[int], np.ndarray], k: int, threshold: float
+    order: Sequence[int] | np.ndarray, vector: Callable[[int], np.ndarray], k: int, threshold: float
 ) -> tuple[list[int], dict[int, float]]:
     """(the first k in this order that are each less similar than the threshold to all kept before, {those
     left out: their similarity to the nearest kept one}); vectors have the length 1."""
@@ -232,10 +227,10 @@ def diverse(
             if len(kept) > before:
                 near = max(near, float((held[before : len(kept)] @ v).max()))
             if near >= threshold:
-                left_out[i] = float(near)
+                left_out[int(i)] = float(near)
             else:
                 held[len(kept)] = v
-                kept.append(i)
+                kept.append(int(i))
     return kept, left_out
 
 

@@ -73,7 +73,7 @@ def test_smollm2(tmp_path):
     kept = sum(j.record is not None for j in judged)
     assert len(judged) == tally.unread["qa"] + tally.written["qa"] and kept == tally.passed["qa"]["judge"]
     assert all(j.verdicts[0].code.startswith("S") for j in judged if j.record is None)
-    used = step.summary(estimate)["used"]
+    used = step.summary(estimate)["numbers"]["used"]
     assert used["requests"] >= 1 and used["new_tokens"] > 10 and used["cost"] == 0
     # the base's part by itself, since it may be that no pair got so far
     base = step.roles().base

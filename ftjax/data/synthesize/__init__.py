@@ -156,19 +156,19 @@ class Synthesize(Step):
 
     def summary(self, decision: Any) -> dict[str, Any]:
         tally, o = self.tally(), self.options
-        roles = Prompts(o.prompts)
         out: dict[str, Any] = {"sections": f"{tally.sections} asked on, {tally.skipped} too short"}
         for kind in o.kinds:
             out[f"yield of {kind}"] = tally.line(kind)
         if o.base:
             out["closed book"] = unknown(tally, o)
+        numbers = {**tally.to_json(), "estimate": decision or {}}
         if self._usage is not None:
-            out["cost"] = after(self._usage.to_json())
-            out["used"] = self._usage.to_json()
-        out["models"] = {"writer": o.writer, "judge": o.judge or o.writer, "base": o.base}
-        out["prompts"] = {name: roles.hash(name) for name in (*o.kinds, "answer", "judge")}
-        out["numbers"] = {**tally.to_json(), "estimate": decision or {}}
-        return out
+            numbers["used"] = self._usage.to_json()
+            out["cost"] = after(numbers["used"])
+        numbers["models"] = {"writer": o.writer, "judge": o.judge or o.writer, "base": o.base}
+        prompts = Prompts(o.prompts)
+        numbers["prompts"] = {name: prompts.hash(name) for name in (*o.kinds, "answer", "judge")}
+        return {**out, "numbers": numbers}
 
 
 def before(step: str, e: dict[str, float], options: EndpointOptions) -> str:

@@ -178,6 +178,8 @@ def summary(stage: pipeline.Stage, written: list[write.Output]) -> list[str]:
     for code, number in sorted(counts.codes.items(), key=lambda c: -c[1]):
         lines.append(f"  {code} {CODES[code].name:<22}{number:>8,}  {one_line(firsts[code])}")
     for key, value in stage.summary.items():
+        if key == "numbers":  # for the report, said in the other lines
+            continue
         lines.append(
             f"  {key}: {json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value}"
         )
