@@ -64,5 +64,5 @@ class Step:
         raise NotImplementedError
 
     def summary(self, decision: Any) -> dict[str, Any]:
-        """What the report says of the decision beside the counts of verdicts; "numbers" of it is not printed."""
+        """What the report says of the decision, beside the counts of verdicts ("numbers": not printed)."""
         return {}
