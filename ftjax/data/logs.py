@@ -81,13 +81,23 @@ class LogPart:
             if row.values is None:
                 yield Judged(None, list(row.said))
                 continue
-            for call in calls(row.values):
+            for call in _calls(row.values):
                 found = Findings(self.part.source.path, row.line)
                 record = _record(call, found)
                 if record is not None:
                     record.where = f"{found.source}:{found.line}"
                     record.meta |= {"source": found.source, "line": found.line}
                 yield Judged(record, list(found))
+
+
+def _calls(values: dict[str, Any]) -> list[Call]:
+    """The calls of a row; one that failed where the row holds none or is not what it looks like."""
+    try:
+        return list(calls(values)) or [Call(failed=("L005", "the row holds no span"))]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+        return [
+            Call(failed=("L005", f"the row is not of the form that its keys say: {type(e).__name__}: {e}"))
+        ]
 
 
 def parts(source: DataSource | str, rows_per_part: int = 20_000) -> list[LogPart]:

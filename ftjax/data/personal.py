@@ -112,21 +112,22 @@ class Masker:
         found = find(text, self.options)
         self.found += [(path, text, f) for f in found]
         while found:  # what stood too far from the word that gives it away may be near it now
-            for f in reversed(self._numbered(text, found)):
-                text = text[: f.start] + f.what + text[f.end :]
+            pieces, at = [], 0
+            for f in found:
+                pieces += [text[at : f.start], self._placeholder(f.kind, text[f.start : f.end])]
+                at = f.end
+            text = "".join([*pieces, text[at:]])
             found = find(text, self.options)
         return text
 
-    def _numbered(self, text: str, found: list[Found]) -> list[Found]:
-        out = []
-        for f in found:
-            kind = "SECRET" if f.kind == "likely" else f.kind.upper()
-            value = text[f.start : f.end]
-            key = (kind, value if kind == "SECRET" else re.sub(r"[\s().\-+]", "", value).casefold())
-            if key not in self._numbers:
-                self._numbers[key] = 1 + sum(k == kind for k, _ in self._numbers)
-            out.append(f._replace(what=f"[{kind}_{self._numbers[key]}]"))
-        return out
+    def _placeholder(self, kind: str, value: str) -> str:
+        name = "SECRET" if kind == "likely" else kind.upper()
+        if kind in ("phone", "card", "iban", "ssn"):
+            value = re.sub(r"\W", "", value)
+        key = (name, value.casefold() if kind in ("email", "iban", "ip") else value)
+        if key not in self._numbers:
+            self._numbers[key] = 1 + sum(other == name for other, _ in self._numbers)
+        return f"[{name}_{self._numbers[key]}]"
 
 
 def mask(text: str, options: PersonalOptions | None = None) -> str:
@@ -144,12 +145,15 @@ def find(text: str, options: PersonalOptions | None = None) -> list[Found]:
     """What is found in a text, in order, without overlaps."""
     options = options or PersonalOptions()
     out: list[Found] = []
+    taken = bytearray()
     digits = _DIGIT.search(text)
     many = digits and _MANY_DIGITS.search(text)
     for kind in KINDS:
         if kind in (options.kinds or KINDS) and (many if kind in _MANY else digits or kind not in _SOME):
             for f in _FINDERS[kind](text, options.examples):
-                if all(f.end <= o.start or f.start >= o.end for o in out):
+                taken = taken or bytearray(len(text))
+                if not any(taken[f.start : f.end]):
+                    taken[f.start : f.end] = b"\1" * (f.end - f.start)
                     out.append(f)
     return sorted(out)
 
@@ -305,10 +309,8 @@ _NANP = re.compile(
     r"(?P<e>[2-9]\d\d)[.\- ](?P<n>\d{4})(?![\w-]|[.,]\d)"
 )
 _AFTER = r"(?![\w-]|[.,]\d|%| ?[=*<>])"
-_INTERNATIONAL = re.compile(
-    rf"(?<![\w.,=*/+-])(?:\+|00(?=[1-9]))[1-9]\d{{0,2}}(?:[ .\-]?\(?\d{{1,5}}\)?){{2,6}}{_AFTER}"
-)
-_NATIONAL = re.compile(rf"(?<![\w.,$€£=*/+-])\(?0?\d{{2,5}}\)?(?:[ .\-/]?\d{{2,5}}){{1,5}}{_AFTER}")
+_INTERNATIONAL = re.compile(rf"(?<![\w.,=*/+-])(?:\+|00(?=[1-9]))[1-9](?:[ .\-()]{{0,2}}\d){{7,15}}{_AFTER}")
+_NATIONAL = re.compile(rf"(?<![\w.,$€£=*/+-])\(?\d(?:[ .\-/()]{{0,2}}\d){{6,11}}{_AFTER}")
 _PHONE_WORD = re.compile(
     r"\b(?:tele)?phone\b|\b(?:tel|mobile|cell|fax|whats ?app|hotline|landline)\b"
     r"|\bcall(?: (?:me|us|him|her|them))?(?: (?:at|on))?:? *$|\b(?:contact|phone) (?:number|no)\b",
@@ -335,7 +337,10 @@ def _phone(text: str, examples: bool) -> Iterator[Found]:
         yield Found(m.start(), m.end(), "phone", "a phone number")
     for m in _NATIONAL.finditer(text):
         digits = re.sub(r"\D", "", m[0])
-        if 7 <= len(digits) <= 12 and len(set(digits)) > 2 and _near(text, m.start()) and not _date(m[0]):
+        groups = [len(g) for g in re.findall(r"\d+", m[0])]
+        if min(groups) < 2 or len(set(digits)) < 3 or _date(m[0]):
+            continue
+        if _near(text, m.start()):
             yield Found(m.start(), m.end(), "phone", "a phone number")
 
 

@@ -2,11 +2,14 @@ import itertools
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ftjax.data import pipeline
 from ftjax.data.engine import Processes
 from ftjax.data.log_forms import calls
-from ftjax.data.logs import Logs, LogsOptions, Signal, parts, signal
+from ftjax.data.logs import Logs, LogsOptions, Signal, _calls, _record, parts, signal
+from ftjax.data.record import Findings
 from ftjax.errors import UserError
 
 pytestmark = pytest.mark.fast
@@ -298,6 +301,58 @@ def test_otel_events_of_spans_and_as_log_records():
         *U,
         answer("The Loire."),
     ]
+
+
+def test_rows_that_are_not_what_their_keys_say(mine):
+    rows = [
+        call(U, "", response='data: {"choices": [\n'),
+        {"request": {"messages": [1, None]}, "response": {"choices": [7]}},
+        {"request": {"messages": U}, "response": {"choices": [{"message": "x"}]}},
+        {"request": {"input": [3]}, "response": {"output": [{"type": "message"}]}},
+        {
+            "resourceSpans": [
+                {"scopeSpans": [{"spans": [{"attributes": [{"key": "gen_ai.input.messages"}]}]}]}
+            ]
+        },
+        {"resourceSpans": 3},
+        {"resourceSpans": []},
+        {"spanId": "s", "attributes": {"gen_ai.input.messages": "[1", "gen_ai.output.messages": 2}},
+        {"messages": ["hello"]},
+        {"messages": {"role": "user"}},
+    ]
+    records, codes, _ = mine(rows)
+    assert records == [] and set(codes) == set(range(1, 11))
+
+
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-5, 5), st.text(max_size=8)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(
+            st.sampled_from(
+                "request response messages role content choices message delta finish_reason output type "
+                "value attributes key stringValue events name spanId resourceSpans scopeSpans spans parts "
+                "gen_ai.input.messages gen_ai.output.messages gen_ai.prompt.0.role".split()
+            ),
+            inner,
+            max_size=4,
+        ),
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from(["request", "response", "messages", "attributes", "spanId", "resourceSpans"]), JSON
+    )
+)
+def test_any_row_is_read_or_said_to_be_unreadable(values):
+    got = _calls(values)
+    assert got
+    for call in got:
+        _record(call, Findings("f", 1))
 
 
 # ── accounting, threading, sampling ───────────────────────────────────────────────────────────────

@@ -125,6 +125,11 @@ def test_masking_is_one_numbering_over_the_whole_record():
     assert "ann@firm.org" not in json.dumps([v.to_json() for v in j.verdicts])
 
 
+def test_one_value_in_other_spellings_has_one_number():
+    text = "Ann@Firm.org, ann@firm.org, a.nn@firm.org; 415-555-2671 or (415) 555-2671"
+    assert mask(text) == "[EMAIL_1], [EMAIL_1], [EMAIL_2]; [PHONE_1] or [PHONE_1]"
+
+
 def test_flag_drop_and_kinds():
     (j,) = Personal(PersonalOptions()).apply([record()], None, 0)
     assert j.record == record() and not j.changed and j.verdicts[0].code == "P001"
