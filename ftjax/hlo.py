@@ -145,8 +145,8 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
             current = start[2]
             out[current] = []
             entry = current if start[1] else entry
-        elif current:  # a kernel's settings may go over several lines, and end in a brace, too
-            out[current].append(line)
+        else:  # a kernel's settings may go over several lines, and end in a brace, too
+            out.setdefault(current, []).append(line)
     return out, entry
 
 

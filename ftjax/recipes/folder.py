@@ -80,6 +80,8 @@ class RunFolder:
 
     def __exit__(self, *_) -> None:
         if self.lock is not None:
+            with contextlib.suppress(OSError):
+                self.lock.truncate(0)  # nobody is at it
             self.lock.close()
 
     def pin(self, name: str, facts: dict[str, Any], what: str) -> None:
@@ -152,7 +154,11 @@ def claim(cfg, overwrite: bool = False, resume: bool = False) -> RunFolder:
         run.lock = _lock(run.path)
         return _is_fresh(run.path, cfg, overwrite, resume)
 
-    run.fresh = distributed.from_first(look)
+    try:
+        run.fresh = distributed.from_first(look)
+    except BaseException:
+        run.__exit__()
+        raise
     return run
 
 
