@@ -515,8 +515,10 @@ class Endpoint(Writer):
                     continue
                 self.usage.add(requests=1)
                 if row.get("error") or response.get("status_code", 0) != 200:
-                    why = _said(row.get("error") or response.get("body") or {})
-                    yield key, Answer(f"status {response.get('status_code')}: {why}", failed="refused")
+                    code = response.get("status_code", 0)
+                    why = f"status {code}: {_said(row.get('error') or response.get('body') or {})}"
+                    again = code == 429 or code >= 500 or not code
+                    yield key, Answer(why, failed="lost" if again else "refused")
                     continue
                 try:
                     yield key, self._read(response.get("body"), asks[key])

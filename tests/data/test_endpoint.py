@@ -295,14 +295,17 @@ def test_batch(opened):
     def reply(body, number):
         if body["messages"][0]["content"] == "q2":
             raise Misbehave(400, "no")
+        if body["messages"][0]["content"] == "q5":
+            raise Misbehave(500, "boom")
         return echo(body, number)
 
     with FakeEndpoint(reply) as fake:
         endpoint = opened(fake, batch=True, prices={"m": [1.0, 10.0]})
-        found = endpoint.answer([ask(f"q{i}") for i in range(5)])
+        found = endpoint.answer([ask(f"q{i}") for i in range(6)])
         assert [a.text for a in found if not a.failed] == ["to q0", "to q1", "to q3", "to q4"]
+        assert found[5].failed == "lost" and "status 500: boom" in found[5].text
         assert found[2].failed == "refused" and "status 400: no" in found[2].text
-        assert len(fake.batches) == 1 and len(fake.files[fake.batches["batch-0"]["input"]].splitlines()) == 4
+        assert len(fake.batches) == 1 and len(fake.files[fake.batches["batch-0"]["input"]].splitlines()) == 5
         assert endpoint.usage.cost == pytest.approx(4 * (10 * 1 + 5 * 10) / 1e6)
         again = opened(fake, batch=True)
         assert again.answer([ask("q0"), ask("q4")]) == [found[0], found[4]] and len(fake.batches) == 1

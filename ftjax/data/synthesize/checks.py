@@ -152,7 +152,7 @@ _MODAL = "(?:is|are|was|were|does|do|did|can|could|should|must|will)"
 _NO_SUBJECT = re.compile(
     rf"^(?:(?:so|and|but)\s+)?(?:what|how|why|when|where|which|who|{_MODAL})(?:\s+(?:{_MODAL}|else))?\s+"
     r"(?:it|they|them|this|these|those|he|she)\b"
-    r"(?!\s+(?:possible|necessary|required|safe|recommended|true|ok|okay|better|best|important|enough|allowed|"
+    r"(?!\s+(?:rains|snows|possible|necessary|required|safe|recommended|true|ok|okay|better|best|important|enough|allowed|"
     r"needed|that|to)\b)",
     re.I,
 )

@@ -151,7 +151,8 @@ def _validate(value: Any, schema: dict[str, Any]) -> None:
     error = next(iter(jsonschema.Draft202012Validator(schema).iter_errors(value)), None)
     if error is not None:
         place = error.json_path.removeprefix("$").removeprefix(".")
-        raise Malformed("S005", f"{place}: {error.message}"[:300] + f"; given: {json.dumps(value)[:500]}")
+        said = f"{place}: {error.message}" if place else error.message
+        raise Malformed("S005", f"{said[:300]}; given: {json.dumps(value)[:500]}")
 
 
 # ── candidates ────────────────────────────────────────────────────────────────────────────────────
