@@ -151,6 +151,9 @@ class Endpoint(Writer):
         self._key = os.environ.get(self._variable, "").strip() if self._variable else ""
         if self._variable and not self._key:
             raise UserError(f"key_env: the environment variable {self._variable} is not set")
+        place = urllib.parse.urlsplit(self.url)
+        if self._key and place.scheme == "http" and place.hostname not in ("localhost", "127.0.0.1", "::1"):
+            log.warning("%s: the key of %s goes there unencrypted (http)", self.url, self._variable)
         price = options.prices.get(self.name)
         if price is None and options.max_cost is not None:
             raise UserError(

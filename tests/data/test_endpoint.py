@@ -368,3 +368,15 @@ def test_a_key_goes_to_its_host_alone(monkeypatch, tmp_path):
         models.open(f"other@{one.url}")
         with pytest.raises(UserError, match="whose key is it"):
             models.open(f"m@{two.url}")
+
+
+def test_a_key_sent_in_the_clear_is_warned_of(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("MY_KEY", "sk-secret-4711")
+    for url, warned in (
+        ("http://example.org/v1", 1),
+        ("https://example.org/v1", 0),
+        ("http://localhost:1", 0),
+    ):
+        caplog.clear()
+        Endpoint(f"m@{url}", EndpointOptions(key_env="MY_KEY"), Answers(tmp_path), Usage())
+        assert caplog.text.count("unencrypted") == warned and "4711" not in caplog.text

@@ -342,6 +342,19 @@ def test_the_majority_of_votes(synthesize, good, kept):
     assert temperatures == [0.0, 0.7, 0.7]
 
 
+def test_votes_that_were_lost_are_no_verdict_on_the_pair(synthesize):
+    votes = iter(["for it", "lost", "lost"])
+
+    def reply(body, number):
+        if '"supported"' in body["messages"][0]["content"] and next(votes) == "lost":
+            raise Misbehave(500, "boom")
+        return Model({"Uploads": [LIMIT]})(body, number)
+
+    _, (judged,) = synthesize(reply, [section(UPLOADS)], votes=3, concurrency=1, retries=0)
+    assert codes([judged]) == ["S001"] and "boom" in judged.verdicts[0].text
+    assert judged.verdicts[0].severity == "error"
+
+
 def test_closed_book(synthesize):
     second = pair(
         "How long lasts a permanent session in Flask?", "31 days", "A permanent session lasts 31 days"

@@ -520,7 +520,7 @@ class Pairs:
             except Malformed as e:
                 if e.code == "S002":
                     c.refuse(e.code, f"judging: {e}", _field(c, i, name))
-                vote = {"reason": f"no vote ({e.code}): {e}"}
+                vote = {"reason": f"no vote ({e.code}): {e}", "lost": e.code == "S001"}
             votes.setdefault((id(c), i, name), []).append(vote)
         for (key, i, name), given in votes.items():
             c = of[key]
@@ -538,7 +538,9 @@ class Pairs:
             if 2 * right <= len(given):
                 against = next(v["reason"] for v in given if not all(v.get(part, False) for part in wanted))
                 said = f"{right} of {len(given)} votes for it: {against}"
-                c.refuse("S030", said, _field(c, i, name))
+                lost = sum(vote.get("lost", False) for vote in given)  # they may have been for it
+                code = "S001" if 2 * (right + lost) > len(given) else "S030"
+                c.refuse(code, said, _field(c, i, name))
         for c in of.values():
             c.found["judge"] = self.roles.judge.name
         self._passed("judge", candidates)
