@@ -654,7 +654,8 @@ def _from_arrow(values: dict[str, Any], path: str, number: int, done: float | No
 
 
 def _renamed(values: dict[str, Any], source: DataSource, line: int) -> dict[str, Any]:
-    out = dict(values)
+    renamed = set(source.columns.values()) - set(source.columns)
+    out = {k: v for k, v in values.items() if k not in renamed}
     for ours, theirs in source.columns.items():
         if theirs not in values:
             near = difflib.get_close_matches(theirs, list(values), n=1)
