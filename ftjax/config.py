@@ -616,8 +616,9 @@ def load_as(
     cls: type, path: str | os.PathLike, overrides: Sequence[str] = (), prepared=lambda values: values
 ):
     """The options of a dataclass from a YAML file and `key.sub=value` overrides, checked as configs are;
-    `prepared` may rewrite the plain values before that."""
+    `prepared` may rewrite the plain values before that, and once more with the overrides."""
     document = _read_file(os.fspath(path))
+    document.value = prepared(document.value)
     for text in overrides:
         _override(document, text)
     document.value = prepared(document.value)

@@ -4,7 +4,9 @@ import json
 import re
 from pathlib import Path
 
+import messy
 import pytest
+from fake_endpoint import FakeEndpoint
 
 from ftjax import cli
 from ftjax.data import pipeline
@@ -141,3 +143,116 @@ def test_every_step_has_its_command(capsys):
             cli.main(["data", name, "--help"])
         assert stopped.value.code == 0
         assert f"ftjax data {name}" in capsys.readouterr().out
+
+
+# ── the shipped recipes ───────────────────────────────────────────────────────────────────────────
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "data"
+FLASK = Path("/usr/share/doc/python-flask-doc/html")
+
+
+class Careless:
+    """A model that writes of each section its first two sentences as answers, one of them with a quote that
+    is not there, and judges everything to be good."""
+
+    def __call__(self, body, number):
+        prompt = body["messages"][-1]["content"]
+        section = prompt.partition("<section>")[2].partition("</section>")[0]
+        prose = re.sub(r"```[\s\S]*?```|^[#|].*$", " ", section, flags=re.M)
+        found = [s.strip() for s in re.findall(r"[A-Z][^.!?`*_\[\]]{40,200}\.", prose)]
+        if "Write up to" in prompt:
+            items = [
+                {"question": f"What is to be known of {' '.join(s.split()[:6]).lower()}, and why?",
+                 "answer": s, "quote": s if i == 0 else f"Moreover, {s}"}
+                for i, s in enumerate(found[:2])
+            ]  # fmt: skip
+            return json.dumps({"items": items})
+        if '"supported"' in prompt:
+            return json.dumps({"reason": "so it says", "supported": True, "complete": True, "useful": True})
+        return json.dumps({"answerable": bool(found), "answer": found[0] if found else ""})
+
+
+def documents(folder: Path) -> Path:
+    """A few pages of documentation, one of them twice."""
+    folder.mkdir()
+    pages = {"cache": "store", "queue": "line", "mail": "letter", "copy": "store", "log": "entry"}
+    for name, noun in pages.items():
+        parts = (
+            f"<h2>Part {i} of the {noun}</h2><p>The {noun} number {i} keeps what the worker of shelf {i * 7} "
+            f"has handed to it until somebody asks for it again. Another sentence about {noun} {i}, which "
+            f"nobody needs, follows here, as it would in any page.</p>"
+            f"<pre>{noun}.open({i})\n{noun}.close()\n</pre>"
+            for i in range(3)
+        )
+        (folder / f"{name}.html").write_text(f"<main><h1>The {noun}</h1>{''.join(parts)}</main>")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "made here",
+        pytest.param(
+            "Flask's",
+            marks=pytest.mark.skipif(not FLASK.is_dir(), reason="Flask's documentation is not installed"),
+        ),
+    ],
+)
+def test_documents_to_grounded_pairs(tmp_path, source, capsys):
+    """One command: validated, deduplicated, leak-free pairs, each of which leads back to its section."""
+    docs = documents(tmp_path / "docs") if source == "made here" else FLASK
+    out = tmp_path / "set"
+    with FakeEndpoint(Careless()) as server:
+        asking = {
+            "writer": f"m@{server.url}", "key_env": "''", "prices": "{}", "max_cost": "null", "kinds": "[qa]",
+            "answers_dir": tmp_path / "answers",
+        }  # fmt: skip
+        settings = [f"steps.0.synthesize.{key}={value}" for key, value in asking.items()]
+        settings += [f"sources.0.documents=[{docs}]", "steps.4.split={test: 0.3, eval: 0.2}", f"output={out}"]
+        code = cli.main(["data", "prepare", str(CONFIGS / "documents.yaml"), "processes=1", *settings])
+        asked = server.requests
+    assert code == 0
+    report = json.loads((out / "report.json").read_text())
+    counts = {stage["name"]: stage for stage in report["stages"]}
+    for before, after in zip(report["stages"][2:], report["stages"][3:], strict=False):
+        assert before["kept"] == after["rows"] == after["kept"] + after["dropped"]
+    assert counts["synthesize"]["kept"] > 0
+    sides = {
+        name: rows(out / f"{name}.jsonl")
+        for name in ("train", "eval", "test")
+        if (out / f"{name}.jsonl").exists()
+    }
+    groups = [{r["meta"]["group"] for r in side} for side in sides.values()]
+    assert all(
+        not one & other for i, one in enumerate(groups) for other in groups[:i]
+    )  # no document on two sides
+    read_stage = next((out / ".stages").glob("read-*"))
+    sections = {r["meta"]["section"]: r for path in read_stage.glob("*.jsonl") for r in rows(path)}
+    for row in (row for side in sides.values() for row in side):
+        evidence = row["meta"]["evidence"]
+        text = sections[row["meta"]["section"]]["text"]
+        assert text[evidence["start"] : evidence["end"]].split() == evidence["quote"].split()
+        assert row["meta"]["license"] == "BSD-3-Clause"
+    refused = [v for v in report["verdicts"] if v["stage"] == "synthesize" and v["outcome"] == "dropped"]
+    assert refused and all(v["code"].startswith("S") for v in refused)  # the quotes that are not there
+    assert (out / "card.html").exists() and asked
+    if source == "made here":
+        assert counts["dedup"]["dropped"] or any(
+            v["code"] == "X003" for v in report["verdicts"]
+        )  # the page that is there twice
+
+
+def test_a_mixed_file_to_a_clean_one(tmp_path):
+    messy.write(tmp_path / "raw.jsonl")
+    out = tmp_path / "set"
+    settings = [f"sources.0.path={tmp_path / 'raw.jsonl'}", "steps.0.validate={target: openai}", "card=null"]
+    code = cli.main(
+        ["data", "prepare", str(CONFIGS / "mixed.yaml"), f"output={out}", "processes=1", *settings]
+    )
+    assert code == 0
+    report = json.loads((out / "report.json").read_text())
+    kept = [r for path in out.glob("*.jsonl") for r in rows(path)]
+    dropped = {v["line"] for v in report["verdicts"] if v["outcome"] == "dropped" and v["line"]}
+    lines = {r["meta"]["line"] for r in kept}
+    assert not lines & dropped
+    assert lines | dropped == set(range(1, len(messy.LINES) + 1))
