@@ -44,19 +44,20 @@ SYSTEM = (
 )
 assert len(SYSTEM) == 431, len(SYSTEM)
 
-_DOCSTRING = re.compile(r'^\s*(?:async )?(?:def|class) (\w+)[^"#]{0,400}?:\s*r?"""(.+?)"""', re.S | re.M)
+_DOCSTRING = re.compile(r'^\s*(?:async )?(?:def|class) (\w+)[^#]{0,600}?:\s*r?"""(.+?)"""', re.S | re.M)
 
 
 def docstrings(count: int) -> list[tuple[str, str]]:
-    """Names and docstrings of the functions and classes of the standard library and the installed packages,
-    at most one of each wording: short texts that people wrote, many of them nearly alike."""
+    """Names and paragraphs of the docstrings of the standard library and the installed packages, each wording
+    once: short texts that people wrote, many of them nearly alike."""
     found: dict[str, str] = {}
     for root in (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"]):
         for path in sorted(Path(root).rglob("*.py")):
             for name, text in _DOCSTRING.findall(path.read_text(encoding="utf-8", errors="ignore")):
-                text = " ".join(text.split())[:240]
-                if len(text) >= 40:
-                    found.setdefault(text, name)
+                for paragraph in text.split("\n\n")[:4]:
+                    words = " ".join(paragraph.split())[:240]
+                    if len(words) >= 40:
+                        found.setdefault(words, name)
             if len(found) >= count:
                 return [(name, text) for text, name in found.items()][:count]
     return [(name, text) for text, name in found.items()]

@@ -164,17 +164,14 @@ class Dedup(Step):
                 texts = [text for _, text in chunk]
                 normal = [minhash.normalise(text) for text in texts]
                 hashes, sizes = minhash.shingles(normal)
-                rows = np.zeros(len(chunk), duplicates.ROW)
-                rows["shingles"] = sizes
-                for k, (record, text) in enumerate(chunk):
+                rows = []
+                for (record, text), plain, size in zip(chunk, normal, sizes.tolist(), strict=True):
                     guard = differing(record, text)
-                    rows[k]["exact"] = _hash(normal[k].encode("utf-8", "surrogatepass") + b"\0" + guard)
-                    rows[k]["guard"] = _hash(guard)
-                    rows[k]["priority"] = self._priority(record, text)
-                    source = str(record.meta.get("source", ""))
-                    rows[k]["source"] = sources.setdefault(source, len(sources))
-                    rows[k]["line"] = record.meta.get("line", 0)
-                rows.tofile(of_rows)
+                    exact = _hash(plain.encode("utf-8", "surrogatepass") + b"\0" + guard)
+                    source = sources.setdefault(str(record.meta.get("source", "")), len(sources))
+                    line = record.meta.get("line", 0)
+                    rows.append((exact, _hash(guard), size, self._priority(record, text), source, line))
+                np.array(rows, duplicates.ROW).tofile(of_rows)
                 hashes.tofile(of_sets)
                 if embed is not None:
                     vectors.append(np.asarray(embed(texts), np.float32))

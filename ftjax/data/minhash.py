@@ -155,7 +155,7 @@ def overlaps(
     return shared.astype(np.uint32), counts
 
 
-def meeting(keys: np.ndarray, rows: np.ndarray, most: int = 4) -> np.ndarray:
+def meeting(keys: np.ndarray, rows: np.ndarray, most: int = 2) -> np.ndarray:
     """Pairs (i << 32 | j, i < j) of rows with equal keys (uint32, of some band): each with those up to
     `most` before it, and with the first of all, so that a bucket of a million rows gives no billion pairs."""
     both = np.sort(keys.astype(np.uint64) << np.uint64(32) | rows.astype(np.uint64))
