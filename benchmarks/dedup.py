@@ -4,8 +4,8 @@
 
 80 of 100 rows are made of texts that people wrote (docstrings of the installed packages, or the lines of
 FILE) in eight wordings of a prompt, nearly alike ones among them as they come; 20 are copies of some of them
-in eight kinds (benchmarks/dedup_rows.py). A copy is found if it or its origin goes. A row that goes is wrong if
-the one that it names is not of the same origin, and neither their whole texts nor their answers have a
+in eight kinds (benchmarks/dedup_rows.py). A copy is found if it or its origin goes. A row that goes is wrong
+if the one that it names is not of the same origin, and neither their whole texts nor their answers have a
 Jaccard similarity of 0.5 (of sequences of five characters). Every measurement has a process of its own, which
 reads a file; its peak memory is its maximum resident set. PYTHON is an interpreter that has gaoya and rensa:
 both look at the same normalised texts, sets of five characters, 128 hashes, threshold 0.7, estimated.

@@ -58,7 +58,7 @@ LIKE = {
 SHORT_WORDS = 3
 """An answer of at most so many words is a label: another one is another answer."""
 CHUNK_ROWS, CHUNK_CHARACTERS = 1024, 2_000_000
-_NUMBER = re.compile(r"(?<![\w)])[-−]\d+|\d+")
+_DIGITS = re.compile(r"\d+")
 
 
 def compared_text(record: Record, on: str) -> str:
@@ -87,9 +87,19 @@ def differing(record: Record, text: str) -> bytes:
     calls = [call["function"] for m in messages for call in m.get("tool_calls") or []]
     lists = [m["content"] for m in messages if isinstance(m.get("content"), list)]
     images = [part for content in lists for part in content if part.get("type") != "text"]
-    facts = [_NUMBER.findall(text), short, record.task, record.label, record.labels]
+    facts = [numbers(text), short, record.task, record.label, record.labels]
     facts += [calls, images, record.tools, sum(map(is_trained, messages))]
     return json.dumps(facts, sort_keys=True, default=str).encode()
+
+
+def numbers(text: str) -> list[str]:
+    """The runs of digits, with a minus where one stands before and is no hyphen ("5-7", "(a)-1")."""
+    found = []
+    for match in _DIGITS.finditer(text):
+        before = text[max(match.start() - 2, 0) : match.start()]
+        minus = before[-1:] in ("-", "−") and not (before[:-1].isalnum() or before[:-1] in ("_", ")"))
+        found.append("-" + match[0] if minus else match[0])
+    return found
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftjax.data import duplicates, minhash, pipeline
-from ftjax.data.dedup import Dedup, DedupOptions
+from ftjax.data.dedup import Dedup, DedupOptions, numbers
 from ftjax.data.engine import Processes
 from ftjax.data.pipeline import Stored
 from ftjax.data.record import Record
@@ -112,6 +112,21 @@ def test_what_is_the_same_but_for_layout():
     # symbols and the vowel signs of other scripts say something
     for one, other in [("C", "C++"), ("a < b", "a > b"), ("कि", "का"), ("good 👍", "good 👎")]:
         assert minhash.normalise(one) != minhash.normalise(other)
+
+
+def test_numbers_have_their_signs():
+    assert numbers("-5 + 3, (-7) and 1-2; x-4, a)-6, −8, v2.10") == [
+        "-5",
+        "3",
+        "-7",
+        "1",
+        "2",
+        "4",
+        "6",
+        "-8",
+        "2",
+        "10",
+    ]
 
 
 def test_other_labels_tools_and_images_are_other_rows(tmp_path):
