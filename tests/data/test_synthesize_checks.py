@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import pytest
 
 from ftjax.data.synthesize.checks import (
@@ -81,6 +84,15 @@ def test_facts_of_every_kind():
 )
 def test_missing_facts(answer, missing):
     assert missing_facts(answer, SECTION) == missing
+
+
+@pytest.mark.parametrize("page", ["adapters.md", "multihost.md", "quantised.md"])
+def test_a_text_has_the_facts_of_its_own_sentences(page):
+    text = (Path(__file__).parents[2] / "docs" / page).read_text()
+    for section in re.split(r"\n(?=#)", text):
+        for sentence in re.split(r"(?<=[.!?:])\s+|\n\n", section):
+            assert missing_facts(sentence, section) == [], sentence
+            assert not sentence.strip() or find_quote(sentence, section), sentence
 
 
 def test_markdowns_escapes_are_no_difference():

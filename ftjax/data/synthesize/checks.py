@@ -39,7 +39,7 @@ _VERSION = re.compile(r"(?<![\w.])v?(\d+(?:\.\d+)+(?:[a-z]+\d*)?)(?!\w)")
 _NUMBER = re.compile(r"(?<![\w.])(\d{1,3}(?:[,_]\d{3})+|\d+)(?!\d)")
 _LIST_MARK = re.compile(r"^\s*\d+[.)]\s+", re.M)
 _CODE = re.compile(r"`([^`]+)`")
-_IN_CODE = re.compile(r"-{1,2}[A-Za-z][\w-]*|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
+_IN_CODE = re.compile(r"(?<![\w-])-{1,2}[A-Za-z][\w-]*|(?<!\w)[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
 # what is a name in prose too: flags, dotted, with underscores, with capitals inside
 _NAME = re.compile(
     r"(?<![\w-])--[A-Za-z][\w-]*"
