@@ -181,12 +181,12 @@ def content_words(text: str) -> list[str]:
 
 
 def is_echo(question: str, answer: str) -> bool:
-    """Whether the answer says nothing that the question does not say, or repeats eight of its words in a row
-    and hardly more."""
+    """Whether the answer says nothing that the question does not say: several words, all of them the
+    question's (unless it gives a choice), or nearly the same sentence without a fact of its own."""
     asked, said = content_words(question), content_words(answer)
-    if said and set(said) <= set(asked):
-        return len(said) > 1 or not re.search(r"\bor\b", question.lower())  # one of a choice is an answer
-    return token_f1([answer], [question])[0] >= 0.8
+    if len(said) > 1 and set(said) <= set(asked):
+        return re.search(r"\bor\b", question.lower()) is None
+    return token_f1([answer], [question])[0] >= 0.8 and not missing_facts(answer, question)
 
 
 def agreement(answer: str, again: str) -> float:
