@@ -147,6 +147,10 @@ def test_echo():
     assert not is_echo("Is the limit 16 MB or 32 MB?", "16")
     assert not is_echo("What is the default limit of uploads?", "The default limit of uploads is 16 MB.")
     assert not is_echo("Does Flask limit uploads?", "Yes.")
+    assert not is_echo(
+        "What is the name of a triangle whose sides are all equal?",
+        "The name of a triangle whose sides are all equal is equilateral.",
+    )
     assert not is_echo("Is a secret key or dark magic used?", "A secret key.")
     assert not is_echo("What is the total number of pages in the book?", "The total number of pages is 350.")
 

@@ -181,12 +181,10 @@ def content_words(text: str) -> list[str]:
 
 
 def is_echo(question: str, answer: str) -> bool:
-    """Whether the answer says nothing that the question does not say: several words, all of them the
-    question's (unless it gives a choice), or nearly the same sentence without a fact of its own."""
-    asked, said = content_words(question), content_words(answer)
-    if len(said) > 1 and set(said) <= set(asked):
-        return re.search(r"\bor\b", question.lower()) is None
-    return token_f1([answer], [question])[0] >= 0.8 and not missing_facts(answer, question)
+    """Whether the answer says nothing that the question does not say: several words of content, all of them
+    the question's, unless it gives a choice."""
+    asked, said = set(content_words(question)), content_words(answer)
+    return len(said) > 1 and set(said) <= asked and not re.search(r"\bor\b", question.lower())
 
 
 def agreement(answer: str, again: str) -> float:
