@@ -77,15 +77,13 @@ class Index:
         self.table = np.zeros(1 << _BITS, bool)
         self.table[_slot(self.grams)] = True
 
-    def find(self, rows: Sequence[Sequence[str]]) -> Iterator[tuple[int, int, float]]:
-        """(row, item, share of the item's words) of each item that is in a row; rows are the texts of their
-        messages."""
-        normal = [[_words(text) for text in texts] for texts in rows]
+    def find(self, rows: "Rows") -> Iterator[tuple[int, int, float]]:
+        """(row, item, share of the item's words) of each item that is in a row."""
         if self.short:
-            for k, texts in enumerate(normal):
+            for k, texts in enumerate(rows.texts):
                 for item in sorted({self.short[text] for text in texts if text in self.short}):
                     yield k, item, 1.0
-        grams, row, _ = _grams([" ".join(texts) for texts in normal], self.n)
+        grams, row = rows.grams, rows.row
         likely = self.table[_slot(grams)]
         grams, row = grams[likely], row[likely]
         low, high = (np.searchsorted(self.grams, grams, side) for side in ("left", "right"))
@@ -99,6 +97,14 @@ class Index:
                 share = _covered(np.array(sorted(places)), self.n) / self.words[item]
                 if share >= self.cover:
                     yield k, item, float(share)
+
+
+class Rows:
+    """Rows, each given by the texts of its messages, as any index of sequences of `n` words looks at them."""
+
+    def __init__(self, rows: Sequence[Sequence[str]], n: int):
+        self.texts = [[_words(text) for text in texts] for texts in rows]
+        self.grams, self.row, _ = _grams([" ".join(texts) for texts in self.texts], n)
 
 
 def _words(text: str) -> str:
@@ -253,8 +259,9 @@ class Contam(Step):
                 if held:
                     place = f"{record.meta.get('source') or 'row'}:{record.meta.get('line', 0)}"
                     facts.held.append((place, texts_of(record), str(record.meta.get("cluster") or "")))
+            seen = Rows(rows, self.options.n)
             for path, index in self.indices():
-                for row, item, share in index.find(rows):
+                for row, item, share in index.find(seen):
                     facts.hits.append((first + row, path, index.names[item], share))
         return facts
 
@@ -298,7 +305,7 @@ class Contam(Step):
         if decision.index is None:
             return
         leaks: dict[int, str] = {}
-        for k, item, share in decision.index.find(rows):
+        for k, item, share in decision.index.find(Rows(rows, self.options.n)):
             leaks.setdefault(k, f"{share:.0%} of {decision.index.names[item]}, which is held out, is in it")
         for k, (record, texts) in enumerate(zip(records, rows, strict=True)):
             cluster = str(record.meta.get("cluster") or "")

@@ -1,15 +1,17 @@
 """Test items in training rows: found where half covered, and the set's own leaks."""
 
 import json
+import os
 import pickle
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftjax.data import minhash
-from ftjax.data.contamination import Contam, ContamOptions, Index, texts_of
+from ftjax.data.contamination import Contam, ContamOptions, Index, Rows, benchmark, texts_of
 from ftjax.data.record import Record
 from ftjax.errors import UserError
 
@@ -66,7 +68,7 @@ def test_the_share_is_that_of_a_count_by_hand(seed, n, pieces):
     words = [w for k, at in pieces for w in (items[k].split()[at : at + 7] or [sentence(at, 3)])]
     text = " ".join(words)
     index = Index([(str(k), item) for k, item in enumerate(items)], n, 1e-9)
-    found = {item: share for _, item, share in index.find([[text]])}
+    found = {item: share for _, item, share in index.find(Rows([[text]], n))}
     expected = {k: s for k, item in enumerate(items) if (s := shared_words(item, text, n))}
     assert found == pytest.approx(expected)
 
@@ -158,17 +160,51 @@ def test_system_prompts_are_not_looked_at():
     assert texts_of(record) == ["hello", "none"]
 
 
+def test_scripts_without_spaces():
+    index = Index([("1", "これは長い文章です。だれかが書きました")], 8, 0.5)
+    rows = Rows([["前 これは長い文章です。だれかが読みました"], ["これは短い文です"]], 8)
+    # every letter is a word: the first 13 of 18 are in sequences of eight that both have
+    assert list(index.find(rows)) == [(0, 0, 13 / 18)]
+
+
 @pytest.mark.parametrize(
     "texts", [[], [[]], [[""]], [["x"], []], [["\ud800 " * 12]], [["これは長い文章です。" * 4]]]
 )
 def test_small_and_strange_rows(texts):
     index = Index([("1", sentence(1, 20)), ("2", "x"), ("3", "")], 8, 0.5)
     expected = [(k, 1, 1.0) for k, row in enumerate(texts) for t in row if minhash.normalise(t) == "x"]
-    assert list(index.find(texts)) == expected
-    assert list(Index([], 8, 0.5).find([[sentence(1, 20)]])) == []
+    assert list(index.find(Rows(texts, 8))) == expected
+    assert list(Index([], 8, 0.5).find(Rows([[sentence(1, 20)]], 8))) == []
 
 
 @pytest.mark.parametrize("options", [{"n": 1}, {"cover": 0.0}, {"cover": 1.1}])
 def test_options_that_make_no_sense(options):
     with pytest.raises(UserError, match="contam"):
         Contam(ContamOptions(**options))
+
+
+def test_gsm8k_is_found_in_a_training_set_and_its_own_training_side_is_not():
+    folder = Path(os.environ.get("FTJAX_TEST_ASSETS", "")) / "data" / "gsm8k"
+    if "FTJAX_TEST_ASSETS" not in os.environ or not folder.is_dir():
+        pytest.skip("gsm8k is not at hand (FTJAX_TEST_ASSETS)")
+    items = benchmark(str(folder / "test.jsonl"))
+    index = Index(items, 8, 0.5)
+    rng = random.Random(0)
+
+    def changed(text):
+        words = text.split()
+        for k in rng.sample(range(len(words)), len(words) // 10):
+            words[k] = "other"
+        return " ".join(words)
+
+    ways = {
+        "as it is": (1.0, str),
+        "within another text": (1.0, lambda text: f"Please solve this with care. {text} Show your work."),
+        "a tenth of the words changed": (0.94, changed),
+    }
+    for name, (least, way) in ways.items():
+        found = {(k, item) for k, item, _ in index.find(Rows([[way(text)] for _, text in items], 8))}
+        assert sum((k, k) in found for k in range(len(items))) >= least * len(items), name
+    trained = [[text] for _, text in benchmark(str(folder / "train.jsonl"))]
+    # three of 7,473, which are the same problems with other numbers
+    assert len({k for k, _, _ in index.find(Rows(trained, 8))}) <= 5
