@@ -155,20 +155,22 @@ def overlaps(
     return shared.astype(np.uint32), counts
 
 
-def meeting(keys: np.ndarray, rows: np.ndarray, most: int = 2) -> np.ndarray:
-    """Pairs (i << 32 | j, i < j) of rows with equal keys (uint32, of some band): each with those up to
-    `most` before it, and with the first of all, so that a bucket of a million rows gives no billion pairs."""
+def meeting(keys: np.ndarray, rows: np.ndarray, crowd: int = 20) -> np.ndarray:
+    """Pairs (i << 32 | j, i < j) of rows with equal keys (uint32, of some band): each with the first of all
+    and, where they are at most `crowd`, with the two before it; so a million rows that meet give no billion
+    pairs, and those that meet by a template few."""
     both = np.sort(keys.astype(np.uint64) << np.uint64(32) | rows.astype(np.uint64))
     keys, rows = both >> np.uint64(32), both & np.uint64(0xFFFFFFFF)
+    if not len(keys):
+        return rows
+    heads = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
+    sizes = np.diff(heads, append=len(keys))
+    head, size = np.repeat(heads, sizes), np.repeat(sizes, sizes)
     pairs = []
-    for back in range(1, most + 1):
-        same = np.flatnonzero(keys[back:] == keys[:-back])
-        if not len(same):
-            break
-        pairs.append(rows[same] << np.uint64(32) | rows[same + back])
-    else:
-        begins = np.concatenate([[True], keys[1:] != keys[:-1]])
-        head = np.maximum.accumulate(np.where(begins, np.arange(len(keys)), 0))
-        far = np.flatnonzero(np.arange(len(keys)) - head > most)
-        pairs.append(rows[head[far]] << np.uint64(32) | rows[far])
-    return np.concatenate(pairs) if pairs else np.zeros(0, np.uint64)
+    place = np.arange(len(keys))
+    for back in (1, 2):
+        at = np.flatnonzero((place - head >= back) & (size <= crowd))
+        pairs.append(rows[at - back] << np.uint64(32) | rows[at])
+    at = np.flatnonzero((place > head) & ((size > crowd) | (place - head > 2)))
+    pairs.append(rows[head[at]] << np.uint64(32) | rows[at])
+    return np.concatenate(pairs)
