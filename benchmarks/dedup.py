@@ -8,7 +8,7 @@ in eight kinds (benchmarks/dedup_rows.py). A copy is found if it or its origin g
 if the one that it names is not of the same origin, and neither their whole texts nor their answers have a
 Jaccard similarity of 0.5 (of sequences of five characters). Every measurement has a process of its own, which
 reads a file; its peak memory is its maximum resident set. PYTHON is an interpreter that has gaoya and rensa:
-both look at the same normalised texts, sets of five characters, 128 hashes, threshold 0.7, estimated.
+both are given the normalised texts: sets of five characters, 128 hashes, threshold 0.7, estimated.
 --write puts the tables into results/dedup.md.
 """
 
@@ -163,7 +163,7 @@ def main() -> None:
         lines = list(report(args, Path(folder)))
     print("\n".join(lines))
     if args.write:
-        path = Path(__file__).parent / "results" / "dedup.md"
+        path = Path(__file__).parent / "results" / "dedup.md"  # what was written there by hand is lost
         path.write_text("\n".join(["# Finding duplicates", "", *lines, ""]), encoding="utf-8")
 
 
