@@ -256,3 +256,29 @@ def test_a_mixed_file_to_a_clean_one(tmp_path):
     lines = {r["meta"]["line"] for r in kept}
     assert not lines & dropped
     assert lines | dropped == set(range(1, len(messy.LINES) + 1))
+
+
+@pytest.mark.slow
+def test_a_cluster_gives_the_same_files(tmp_path):
+    """Row-wise steps and those that decide over the whole, in one process and on Ray."""
+    ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    messy.write(tmp_path / "raw.jsonl")
+    with open(tmp_path / "raw.jsonl", "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in GOOD * 2)
+    made = {}
+    try:
+        for engine in ("local", "ray"):
+            settings = [
+                f"sources.0.path={tmp_path / 'raw.jsonl'}",
+                f"output={tmp_path / engine}",
+                "card=null",
+            ]
+            settings += [f"engine={engine}", "processes=2" if engine == "ray" else "processes=1"]
+            code = cli.main(["data", "prepare", str(CONFIGS / "mixed.yaml"), "rows_per_part=9", *settings])
+            assert code == 0
+            made[engine] = {p.name: p.read_bytes() for p in (tmp_path / engine).glob("*.jsonl")}
+    finally:
+        ray.shutdown()
+    assert made["local"] == made["ray"] and made["local"]
+    local, remote = (json.loads((tmp_path / e / "report.json").read_text())["verdicts"] for e in made)
+    assert local == remote
