@@ -2,8 +2,7 @@
 
 E codes are about the form of a row and W codes about what is unusual in it (both: the table of
 docs/data.md); the other letters belong to the step that gives them: F filter, P personal data and secrets,
-D duplicates, C contamination, M mixing, S synthesis, X extraction, L logs.
-D duplicates, C contamination, S synthesis, Q scores and selection, X extraction, L logs.
+D duplicates, C contamination, M mixing, S synthesis, Q scores and selection, X extraction, L logs.
 """
 
 from typing import Literal, NamedTuple

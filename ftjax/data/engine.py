@@ -9,7 +9,9 @@ import logging
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, Protocol
@@ -39,12 +41,27 @@ class Processes:
     def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
         # not forked: the parent may hold threads (JAX, tokenizers), which a fork would leave locked
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(self.count, max(1, len(items))), mp_context=context) as pool:
+        count = min(self.count, max(1, len(items)))
+        with ProcessPoolExecutor(count, context, _end_with_parent) as pool:
             try:
                 yield from pool.map(function, items)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+
+
+def _end_with_parent() -> None:
+    """In a worker: Ctrl-C ends it without a word, and so does the end of the process that started it, however
+    that ended; else a worker would wait for work for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class Ray:

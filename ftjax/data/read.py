@@ -9,6 +9,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from ftjax.data.options import DataSource
 from ftjax.data.record import Findings, Judged, Verdict
 from ftjax.errors import UserError
 
-VERSION = 1  # part of the parts' keys: raise it where the same rows give other records or verdicts
+VERSION = 2  # part of the parts' keys: raise it where the same rows give other records or verdicts
 _CHUNK = 1 << 20
 
 
@@ -631,6 +632,8 @@ def _dataset_rows(source: DataSource, streaming: bool) -> Iterator[Row]:
 def _from_arrow(values: dict[str, Any], path: str, number: int, done: float | None) -> Row:
     """The row without the nulls that Arrow plants where rows of one column have different keys.
 
+    Nor with NaN, which is what data frames have for null and JSON has not.
+
     Inside tool calls and tool schemas a planted null can't be told from a meant one: nulls there are an
     error.
     """
@@ -644,9 +647,11 @@ def _from_arrow(values: dict[str, Any], path: str, number: int, done: float | No
                     "store it as a JSON string, or use JSONL"
                 )
                 found.add("E007", name, text)
-            return {k: clean(v, k) for k, v in value.items() if v is not None}
+            return {k: clean(v, k) for k, v in value.items() if v is not None and v == v}
         if isinstance(value, list):
             return [clean(v, name) for v in value]
+        if isinstance(value, float) and math.isinf(value):
+            found.add("E007", name, f"`{name}` is {value}, which JSON can't say")
         return _cell(value) if isinstance(value, str) else value
 
     cleaned = clean(values, "")

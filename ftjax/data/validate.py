@@ -31,6 +31,8 @@ class ValidateOptions:
 
 @dataclass
 class _Facts:
+    records: int = 0
+    """Those with errors, too."""
     rows: int = 0
     bytes: int = 0
     images: int = 0
@@ -42,8 +44,8 @@ class Validate(Step):
     """Rows with an error end; those with warnings go on. What is wrong with the whole (too few rows, too
     large) is said of its first row."""
 
-    Options = ValidateOptions
     name = "validate"
+    version = 2
     Options = ValidateOptions
     gathers = True
 
@@ -66,6 +68,7 @@ class Validate(Step):
         facts = _Facts()
         systems: dict[int, None] = {}
         for record in records:
+            facts.records += 1
             found, rows = validate(record, self.target)
             if any(v.severity == "error" for v in found):
                 continue
@@ -78,8 +81,8 @@ class Validate(Step):
         facts.systems = tuple(systems)
         return facts
 
-    def decide(self, facts: Sequence[_Facts]) -> list[tuple[str, str]]:
-        """What is to be said of the whole: codes and words."""
+    def decide(self, facts: Sequence[_Facts]) -> tuple[int, list[tuple[str, str]]]:
+        """The part with the first row, and what is to be said there of the whole: codes and words."""
         target, said = self.target, []
         rows, size, images = (sum(getattr(f, n) for f in facts) for n in ("rows", "bytes", "images"))
         systems = len({s for f in facts for s in f.systems})
@@ -94,12 +97,12 @@ class Validate(Step):
             said.append(("E032", f"{images} rows with images, and {target.name} takes 50000 at most"))
         if 1 < systems < 20:
             said.append(("W112", f"{systems} different system prompts"))
-        return said
+        return next((part for part, f in enumerate(facts) if f.records), 0), said
 
     def apply(
-        self, records: Iterable[Record], decision: list[tuple[str, str]], part: int
+        self, records: Iterable[Record], decision: tuple[int, list[tuple[str, str]]], part: int
     ) -> Iterator[Judged]:
-        of_the_whole = list(decision) if part == 0 else []
+        of_the_whole = decision[1] if part == decision[0] else []
         for record in records:
             found, _ = validate(record, self.target)
             source = record.meta.get("source", "")
@@ -112,8 +115,8 @@ class Validate(Step):
             ends = any(v.severity == "error" for v in own)
             yield Judged(None if ends else record, found)
 
-    def summary(self, decision: list[tuple[str, str]]) -> dict[str, Any]:
-        return {"target": self.target.name, **{code: text for code, text in decision}}
+    def summary(self, decision: tuple[int, list[tuple[str, str]]]) -> dict[str, Any]:
+        return {"target": self.target.name, **dict(decision[1])}
 
     def _length(self, record: Record) -> list[Verdict]:
         """What the model's tokenizer has against the record."""

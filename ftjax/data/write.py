@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -147,24 +148,39 @@ def _suffix(path: Path) -> str:
     return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
 
 
-def write(records: Iterator[Record], output: str | Path, format: str) -> list[Output]:
-    """Writes the records to a file, or to a folder's SPLIT.jsonl by each record's meta.split (data.jsonl
-    where it has none), whole or not at all."""
+def _split(record: Record) -> str:
+    """The split that the record is of; what could not name a file in the folder, a row's own column perhaps,
+    is none."""
+    split = record.meta.get("split")
+    return split if isinstance(split, str) and re.fullmatch(r"\w[\w.-]{0,63}", split) else "data"
+
+
+def write(
+    records: Iterator[Record], output: str | Path, format: str, folder: bool | None = None
+) -> list[Output]:
+    """Writes the records to a file (an empty one if there are none), or to a folder's SPLIT.jsonl by each
+    record's meta.split (data.jsonl where it has none), whole or not at all. Without `folder`, an output
+    whose name has no ending is one."""
     convert = formats.writer(format)
     output = Path(output).expanduser()
-    folder = not output.suffix
+    folder = not output.suffix if folder is None else folder
     made: dict[Path, tuple[Output, _File, Path]] = {}
     counts: dict[Path, Counter[str]] = {}
     with contextlib.ExitStack() as undo:
+
+        def begin(path: Path) -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside = path.with_name(f".{path.name}.part")
+            undo.callback(beside.unlink, missing_ok=True)
+            made[path] = (Output(str(path), format), _open(beside, path), beside)
+            counts[path] = Counter()
+
+        if not folder:  # also where no record goes on: what lay there is not the result
+            begin(output)
         for record in records:
-            split = record.meta.get("split", "data")
-            path = output / f"{split}.jsonl" if folder else output
+            path = output / f"{_split(record)}.jsonl" if folder else output
             if path not in made:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                beside = path.with_name(f".{path.name}.part")
-                undo.callback(beside.unlink, missing_ok=True)
-                made[path] = (Output(str(path), format), _open(beside, path), beside)
-                counts[path] = Counter()
+                begin(path)
             written = convert(record)
             if written.refused:
                 made[path][0].refused.append(record.verdict(*written.refused))

@@ -1,6 +1,11 @@
 """Steps over parts: every row accounted for, resumed after a kill, the same in any engine."""
 
+import fcntl
 import json
+import os
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,3 +159,33 @@ def test_records_keep_their_content_and_their_id():
     assert (
         Record("lm", text="a", meta={"line": 1}).id == Record("lm", text="a").id != Record("lm", text="b").id
     )
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+    (tmp_path / "holding.py").write_text(
+        "import fcntl, time\n"
+        "def hold(path):\n"
+        "    file = open(path, 'w')\n"
+        "    fcntl.flock(file, fcntl.LOCK_EX)\n"
+        "    open(path + '.held', 'w')\n"
+        "    time.sleep(120)\n"
+    )
+    paths = [str(tmp_path / name) for name in "ab"]
+    code = f"import holding, ftjax.data.engine as e\nlist(e.Processes(2).map(holding.hold, {paths}))"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    started = subprocess.Popen([sys.executable, "-c", code], env=env)
+    until = time.monotonic() + 60
+    while not all(Path(path + ".held").exists() for path in paths):
+        assert time.monotonic() < until and started.poll() is None
+        time.sleep(0.05)
+    started.kill()
+    started.wait()
+    for path in paths:  # a lock goes with its process
+        with open(path) as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    assert time.monotonic() < until
+                    time.sleep(0.05)

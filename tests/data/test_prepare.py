@@ -82,6 +82,32 @@ def test_a_second_start_does_nothing_again_and_a_change_only_what_follows(tmp_pa
     assert set(applied) == {"personal"}
 
 
+def test_files_of_an_earlier_recipe_go(tmp_path, raw, capsys):
+    path = recipe(tmp_path, raw, "  - split: {eval: 0.5}\n")
+    assert cli.main(["data", "prepare", str(path)]) == 0
+    assert (tmp_path / "set" / "eval.jsonl").exists()
+    assert cli.main(["data", "prepare", str(recipe(tmp_path, raw))]) == 0
+    assert [p.name for p in (tmp_path / "set").glob("*.jsonl")] == ["data.jsonl"]  # no eval row is trained
+    assert "eval.jsonl: an earlier run wrote it" in capsys.readouterr().out
+
+
+def test_what_is_wrong_with_the_whole_is_said_where_rows_begin(tmp_path, raw):
+    (tmp_path / "none.jsonl").write_text(json.dumps({"prompt": "Say it", "completion": ""}) + "\n")
+    path = recipe(tmp_path, raw)
+    text = path.read_text().replace("sources:\n", f"sources:\n  - {{path: {tmp_path / 'none.jsonl'}}}\n")
+    path.write_text(text.replace("- validate", "- validate: {target: openai}"))
+    cli.main(["data", "prepare", str(path)])
+    verdicts = json.loads((tmp_path / "set" / "report.json").read_text())["verdicts"]
+    assert [v["text"] for v in verdicts if v["code"] == "E060"] == ["7 rows, and openai takes 10 at least"]
+
+
+def test_the_output_is_a_folder_whatever_its_name(tmp_path, raw):
+    for name in ("v1.2", "set.jsonl"):
+        out = tmp_path / name
+        assert cli.main(["data", "prepare", str(recipe(tmp_path, raw)), f"output={out}"]) == 0
+        assert len(rows(out / "data.jsonl")) == 7
+
+
 def test_what_was_prepared_trains_and_comes_back(tmp_path, raw):
     path = recipe(tmp_path, raw)
     assert cli.main(["data", "prepare", str(path), "format=chat", f"output={tmp_path / 'chat'}"]) == 0
@@ -131,6 +157,30 @@ def test_one_step_over_a_file(tmp_path, raw, capsys):
     verdicts = json.loads(report.read_text())["verdicts"]
     assert {v["line"] for v in verdicts if v["outcome"] == "dropped"} == {3, 4, 10, 11}
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".ftjax")]
+
+
+def test_a_file_that_no_row_goes_to_is_empty(tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": "Say it", "completion": "TODO"}) + "\n")
+    for name in ("out.jsonl", "out.json", "out.csv", "out.parquet"):
+        out = tmp_path / name
+        out.write_text("of an earlier run")
+        cli.main(["data", "filter", str(tmp_path / "in.jsonl"), "--language", "off", "-o", str(out)])
+        assert "wrote 0 rows" in capsys.readouterr().out
+        assert b"earlier" not in out.read_bytes()
+
+
+def test_a_split_that_is_no_name_leads_nowhere(tmp_path):
+    lines = [
+        json.dumps({"prompt": f"What is {i}?", "completion": f"It is {i}.", "split": split})
+        for i, split in enumerate(["../../out", ["a"], "", None, ".hidden", "dev"])
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
+    cli.main(["data", "personal", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "a" / "b")])
+    made = [p for p in tmp_path.rglob("*.jsonl") if p.name != "in.jsonl"]
+    assert {(str(p.relative_to(tmp_path)), len(rows(p))) for p in made} == {
+        ("a/b/data.jsonl", 5),
+        ("a/b/dev.jsonl", 1),
+    }
 
 
 def test_every_step_has_its_command(capsys):

@@ -198,6 +198,17 @@ def test_csv_rows_that_do_not_fit(tmp_path):
     assert [j.record.raw for j in judged(path) if j.record] == [("a\nb", "c"), ("é", "k")]
 
 
+def test_numbers_that_json_has_not(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    scores = [1.5, float("nan"), float("inf")]
+    pq.write_table(pa.table({"text": ["a", "b", "c"], "score": scores}), tmp_path / "a.parquet")
+    assert said(tmp_path / "a.parquet") == [(3, "E007", False)]
+    metas = [j.record.meta for j in judged(tmp_path / "a.parquet") if j.record]
+    assert [m.get("score") for m in metas] == [1.5, None]
+
+
 def test_provenance_is_kept(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(

@@ -56,7 +56,8 @@ def main(argv: list[str]) -> int:
             stage.write_report(Path(arguments.report), [made], written, sources)
         for line in stage.summary(made, written):
             print(line)
-    return stage.ROWS_IN_ERROR if any(CODES[code].severity == "error" for code in made.counts.codes) else 0
+    wrong = any(CODES[code].severity == "error" for code in made.counts.codes)
+    return stage.ROWS_IN_ERROR if wrong or any(one.refused for one in written) else 0
 
 
 class _Extraction(pipeline.Stage):

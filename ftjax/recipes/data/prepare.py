@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ftjax import config
-from ftjax.data import card, engine, extract, pipeline, read, write
-from ftjax.data.card import CardOptions
+from ftjax.data import card, engine, extract, formats, pipeline, read, write
+from ftjax.data.card import CardOptions, prepared
 from ftjax.data.extract import ExtractOptions
 from ftjax.data.logs import Logs, LogsOptions
 from ftjax.data.logs import parts as log_parts
@@ -154,9 +154,12 @@ def main(argv: list[str]) -> int:
     recipe: Any = config.load_as(recipe_type(), arguments.recipe, arguments.settings, _entries)
     output = Path(recipe.output).expanduser()
     _may_write(output)
+    earlier = _outputs(output) - _files(recipe.sources)
     if arguments.overwrite:
         shutil.rmtree(output / ".stages", ignore_errors=True)
-    write.check(output, recipe.format)
+    formats.writer(recipe.format)
+    if not recipe.sources:
+        raise UserError("sources is empty: name the files, documents or logs to prepare")
     runner = engine.open_engine(recipe.engine, recipe.processes)
     stages: list[pipeline.Stage] = []
     parts: list[Part] = []
@@ -182,7 +185,10 @@ def main(argv: list[str]) -> int:
             stages.append(made)
             print("\n".join(stage.summary(made, [])), flush=True)
             parts = list(made.parts)
-    written = write.write(stages[-1].records(), output, recipe.format)
+    written = write.write(stages[-1].records(), output, recipe.format, folder=True)
+    for path in earlier - {Path(one.path) for one in written}:
+        path.unlink(missing_ok=True)
+        print(f"removed {path}: an earlier run wrote it, and this recipe does not")
     stage.write_report(output / REPORT, stages, written, recipe.sources)
     print("\n".join(line for one in written for line in stage.said_of(one)))
     if recipe.card is not None and stages[-1].counts.kept:
@@ -190,6 +196,17 @@ def main(argv: list[str]) -> int:
         print(f"the set is described in {output / 'card.md'}{' and card.html' * recipe.card.html}")
     print(f"every verdict is in {output / REPORT}")
     return 0
+
+
+def _outputs(output: Path) -> set[Path]:
+    """The files that the run before wrote into this folder."""
+    if not (output / REPORT).is_file():
+        return set()
+    return {output / Path(one["path"]).name for one in prepared.head(output / REPORT)["outputs"]}
+
+
+def _files(sources: list[Any]) -> set[Path]:
+    return {Path(source.path).expanduser() for source in sources if isinstance(source, Source)}
 
 
 def _entries(values: Any) -> Any:

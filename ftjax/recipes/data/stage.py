@@ -36,6 +36,8 @@ def run(name: str, about: str, step_class: type, argv: list[str], parts_of=read.
     found = sources(arguments)
     if arguments.output:
         write.check(arguments.output, arguments.to)
+    elif arguments.to:
+        raise UserError(f"--to {arguments.to} has no effect without --output")
     parts = [part for source in found for part in parts_of(source, ROWS_PER_PART)]
     with work(arguments.output) as folder, progress() as said:
         stage = pipeline.run(
