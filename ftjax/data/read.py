@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -79,11 +80,26 @@ def _rows(source: DataSource, span: _Span, streaming: bool, careful: bool) -> It
     else:
         path = _file(source)
         found = _READERS[_suffix(path)](path, span, careful)
-    for row in found:
-        if row.values is None or not source.columns:
+    line, renamed = span.line, span.line > 1
+    try:
+        for row in found:
+            line = row.line + 1
+            if row.values is not None and source.columns:
+                try:
+                    row = row._replace(values=_renamed(row.values, source, row.line))
+                    renamed = True
+                except UserError as e:
+                    if not (careful and renamed):  # else rows before had the columns
+                        raise
+                    said = str(e).removeprefix(f"{source.path}:{row.line}: ")
+                    row = _broken(Path(source.path), row.line, row.done, "E007", said)
             yield row
-        else:
-            yield row._replace(values=_renamed(row.values, source, row.line))
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        said = f"the file is cut off or damaged: {e}"
+        if not careful:
+            raise UserError(f"{source.path}: {said}") from None
+        said += "; the rest of the file is not read"
+        yield _broken(Path(source.path), line, None, "E002", said)
 
 
 def _file(source: DataSource) -> Path:

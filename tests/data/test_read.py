@@ -1,4 +1,5 @@
 import gzip
+import hashlib
 import json
 import tracemalloc
 
@@ -196,6 +197,31 @@ def test_csv_rows_that_do_not_fit(tmp_path):
     path.write_bytes('prompt,completion\n"a\nb",c\nd\ne,f,g\nh,\xe9\n'.encode("latin-1") + "é,k\n".encode())
     assert said(path) == [(4, "E007", False), (5, "E007", False), (6, "E001", False)]
     assert [j.record.raw for j in judged(path) if j.record] == [("a\nb", "c"), ("é", "k")]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.gz", "a.json.gz"])
+def test_gzip_that_is_cut_off(tmp_path, name):
+    noise = [hashlib.sha256(bytes([i])).hexdigest() for i in range(200)]
+    texts = {
+        "a.jsonl.gz": "\n".join(json.dumps({"text": t}) for t in noise),
+        "a.json.gz": json.dumps([{"text": t} for t in noise], indent=1),
+        "a.csv.gz": "text\n" + "\n".join(noise),
+    }
+    whole = gzip.compress(texts[name].encode())
+    (tmp_path / name).write_bytes(whole[: len(whole) * 2 // 3])
+    *good, last = judged(tmp_path / name, format="text")
+    assert [j.record.text for j in good] == noise[: len(good)]
+    assert last.record is None and "cut off or damaged" in last.verdicts[0].text
+    with pytest.raises(UserError, match="cut off or damaged"):
+        list(rows(DataSource(str(tmp_path / name))))
+
+
+def test_a_row_without_a_renamed_column(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"question": "q"}\n{"ask": "q"}\n{"question": "r"}\n')
+    assert said(path, columns={"prompt": "question"}) == [(2, "E007", False)]
+    with pytest.raises(UserError, match="did you mean"):
+        said(path, columns={"prompt": "questoin"})
 
 
 def test_numbers_that_json_has_not(tmp_path):
