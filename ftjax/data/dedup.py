@@ -160,7 +160,7 @@ class Dedup(Step):
 
     def facts(self, records: Iterable[Record], part: int) -> Facts:
         folder = self.folder or Path(tempfile.mkdtemp(prefix="ftjax-dedup-"))
-        path = str(folder / f"{{}}-{part:05}")
+        path = {name: str(folder / f"{name}-{part:05}") for name in ("rows", "shingles", "vectors")}
         sources: dict[str, int] = {}
         vectors = []
         count = 0
@@ -169,7 +169,7 @@ class Dedup(Step):
             from ftjax.data.embed import embedder  # brings jax
 
             embed = embedder(self.options.model)
-        with open(path.format("rows"), "wb") as of_rows, open(path.format("shingles"), "wb") as of_sets:
+        with open(path["rows"], "wb") as of_rows, open(path["shingles"], "wb") as of_sets:
             for chunk in _chunks(records, self.options.on):
                 texts = [text for _, text in chunk]
                 normal = [minhash.normalise(text) for text in texts]
@@ -187,10 +187,10 @@ class Dedup(Step):
                     vectors.append(np.asarray(embed(texts), np.float32))
                 count += len(chunk)
         if embed is not None:
-            with open(path.format("vectors"), "wb") as file:
+            with open(path["vectors"], "wb") as file:
                 np.save(file, np.concatenate(vectors) if vectors else np.zeros((0, 0), np.float32))
-        files = duplicates.Part(path.format("rows"), path.format("shingles"), count)
-        return Facts(files, list(sources), path.format("vectors") if embed is not None else None)
+        files = duplicates.Part(path["rows"], path["shingles"], count)
+        return Facts(files, list(sources), path["vectors"] if embed is not None else None)
 
     def _priority(self, record: Record, text: str) -> float:
         if self.options.keep == "longest":

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol
 
 from ftjax.errors import UserError
@@ -45,6 +46,11 @@ class Processes:
         with ProcessPoolExecutor(count, context, _end_with_parent) as pool:
             try:
                 yield from pool.map(function, items)
+            except BrokenProcessPool:
+                raise UserError(
+                    "a worker process was ended from outside, by a lack of memory perhaps: give fewer "
+                    "--processes"
+                ) from None
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -53,7 +59,8 @@ class Processes:
 def _end_with_parent() -> None:
     """In a worker: Ctrl-C ends it without a word, and so does the end of the process that started it, however
     that ended; else a worker would wait for work for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in a shell's background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

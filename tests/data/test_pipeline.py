@@ -189,3 +189,8 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
                 except BlockingIOError:
                     assert time.monotonic() < until
                     time.sleep(0.05)
+
+
+def test_a_worker_that_is_killed_is_said():
+    with pytest.raises(UserError, match="worker process was ended from outside"):
+        list(Processes(1).map(os._exit, [9]))

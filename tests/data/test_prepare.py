@@ -102,9 +102,9 @@ def test_what_is_wrong_with_the_whole_is_said_where_rows_begin(tmp_path, raw):
 
 
 def test_the_output_is_a_folder_whatever_its_name(tmp_path, raw):
-    for name in ("v1.2", "set.jsonl"):
+    for name in ("v1.2", "set.jsonl", "x{1}"):
         out = tmp_path / name
-        assert cli.main(["data", "prepare", str(recipe(tmp_path, raw)), f"output={out}"]) == 0
+        assert cli.main(["data", "prepare", str(recipe(tmp_path, raw, "  - dedup\n")), f"output={out}"]) == 0
         assert len(rows(out / "data.jsonl")) == 7
 
 
