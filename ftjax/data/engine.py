@@ -137,9 +137,14 @@ def open_engine(name: str = "local", processes: int = 1) -> Engine:
     """The engine of a name of ENGINES; `processes` at once on this machine (0: one for each of its cores)."""
     if processes < 0:
         raise UserError(f"processes={processes}: 0 (one a core) or more")
-    count = processes or os.cpu_count() or 1
+    count = processes or _cores()
     if name == "ray":
         return Ray(processes=count)
     if name != "local":
         raise UserError(f"engine: there is no {name!r}; there are {', '.join(ENGINES)}")
     return Here() if count == 1 else Processes(count)
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

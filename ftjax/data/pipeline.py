@@ -11,13 +11,13 @@ import hashlib
 import json
 import os
 import pickle
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ftjax import __version__
 from ftjax.data.engine import Engine, Here
 from ftjax.data.record import Judged, Record, Verdict
 from ftjax.data.steps import Part, Step
@@ -103,7 +103,8 @@ def run(
     """The step over the parts, in a folder of its own under `work`; what is there is not done again."""
     engine = Here() if engine is None or step.alone else engine
     reads = [file_digest(path) for path in step.reads()]
-    described = [step.name, step.version, repr(step.options), reads, [part.key() for part in parts]]
+    made_by = [__version__, step.name, step.version]
+    described = [*made_by, repr(step.options), reads, [part.key() for part in parts]]
     folder = work / f"{step.name}-{hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     step.folder = folder
@@ -203,8 +204,3 @@ def _unpickled(path: Path) -> Any:
 def file_digest(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def forget(stage: Stage) -> None:
-    """Deletes a stage's files."""
-    shutil.rmtree(stage.folder, ignore_errors=True)

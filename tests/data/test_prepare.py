@@ -1,5 +1,6 @@
 """Recipes: sources and steps to a finished set, every row accounted for, resumed, in any format."""
 
+import fcntl
 import json
 import re
 from pathlib import Path
@@ -332,3 +333,32 @@ def test_a_cluster_gives_the_same_files(tmp_path):
     assert made["local"] == made["ray"] and made["local"]
     local, remote = (json.loads((tmp_path / e / "report.json").read_text())["verdicts"] for e in made)
     assert local == remote
+
+
+def test_stages_of_an_earlier_recipe_go_and_all_where_told(tmp_path, raw, capsys):
+    path = recipe(tmp_path, raw, "  - personal: {mask: true}\n")
+    assert cli.main(["data", "prepare", str(path)]) == 0
+    assert "do not publish it" in capsys.readouterr().out
+
+    def names():
+        folders = (p for p in (tmp_path / "set" / ".stages").iterdir() if p.is_dir())
+        return {p.name.partition("-")[0] for p in folders}
+
+    assert names() == {"read", "validate", "personal"}
+    assert cli.main(["data", "prepare", str(path), "steps=[validate]"]) == 0
+    assert names() == {"read", "validate"}
+    assert cli.main(["data", "prepare", str(path), "keep_stages=false"]) == 0
+    assert not names() and len(rows(tmp_path / "set" / "data.jsonl")) == 7
+
+
+def test_one_process_at_a_time(tmp_path, raw, capsys):
+    (tmp_path / "set" / ".stages").mkdir(parents=True)
+    with open(tmp_path / "set" / ".stages" / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert cli.main(["data", "prepare", str(recipe(tmp_path, raw))]) == 2
+    assert "another process is preparing" in capsys.readouterr().err
+
+
+def test_a_weight_is_for_mix(tmp_path, raw, capsys):
+    assert cli.main(["data", "prepare", str(recipe(tmp_path, raw)), "sources.0.weight=0.5"]) == 2
+    assert "sources[0].weight has no effect here" in capsys.readouterr().err

@@ -90,7 +90,8 @@ First steps:
   ftjax data inspect FILE                        what it holds, and what is wrong with it
   ftjax data prepare RECIPE.yaml                 clean, deduplicate, split and describe it
 
-Exit codes: 0 done, 3 done and some rows were in error, others as of ftjax.
+Exit codes: 0 done, 3 done and some rows were in error (prepare leaves them out and ends with 0), others as
+of ftjax.
 `ftjax data VERB --help` says more."""
 
 

@@ -14,9 +14,10 @@ stopped, and after a change does again only what depends on it.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -121,6 +122,9 @@ def recipe_type() -> type:
         """Who runs the parts: local (processes) or ray."""
         rows_per_part: int = stage.ROWS_PER_PART
         """Rows that are worked on at a time."""
+        keep_stages: bool = True
+        """Keep what each step made, so that a change does again only what follows it; they hold the rows as
+        they were read, personal data included."""
 
     return Recipe
 
@@ -160,42 +164,83 @@ def main(argv: list[str]) -> int:
     formats.writer(recipe.format)
     if not recipe.sources:
         raise UserError("sources is empty: name the files, documents or logs to prepare")
+    for i, source in enumerate(recipe.sources):
+        if isinstance(source, Source) and source.weight is not None:
+            raise UserError(f"sources[{i}].weight has no effect here: shares are what the step `mix` takes")
+    chosen = [_chosen(entry) for entry in recipe.steps]
+    steps = [Read(None), *(load_step(name)(options) for name, options in chosen)]
     runner = engine.open_engine(recipe.engine, recipe.processes)
-    stages: list[pipeline.Stage] = []
-    parts: list[Part] = []
-    for source in recipe.sources:
-        meta = {**({"license": source.license} if source.license else {}), **source.tags}
-        if isinstance(source, Documents):
-            with stage.progress() as said:
-                found = extract.parts_of(source.documents, source.extract, said)
-        elif isinstance(source, LogFiles):
-            rows = [part for file in source.logs for part in log_parts(file, recipe.rows_per_part)]
-            with stage.progress() as said:
-                made = pipeline.run(Logs(source.take), rows, output / ".stages", runner, said)
-            stages.append(made)
-            print("\n".join(stage.summary(made, [])), flush=True)
-            found = made.parts
-        else:
-            found = read.parts(source, recipe.rows_per_part)
-        parts += [Labelled(part, tuple(meta.items())) for part in found] if meta else found
-    with stage.progress() as said:
-        chosen = [_chosen(entry) for entry in recipe.steps]
-        for step in [Read(None), *(load_step(name)(options) for name, options in chosen)]:
-            made = pipeline.run(step, parts, output / ".stages", runner, said)
-            stages.append(made)
-            print("\n".join(stage.summary(made, [])), flush=True)
-            parts = list(made.parts)
-    written = write.write(stages[-1].records(), output, recipe.format, folder=True)
-    for path in earlier - {Path(one.path) for one in written}:
-        path.unlink(missing_ok=True)
-        print(f"removed {path}: an earlier run wrote it, and this recipe does not")
-    stage.write_report(output / REPORT, stages, written, recipe.sources)
-    print("\n".join(line for one in written for line in stage.said_of(one)))
-    if recipe.card is not None and stages[-1].counts.kept:
-        card.make(stages[-1].records(), output, recipe.card, output / REPORT)
-        print(f"the set is described in {output / 'card.md'}{' and card.html' * recipe.card.html}")
+    with _alone(output), stage.progress() as said:
+        work = Work(output / ".stages", runner, said)
+        parts = [part for source in recipe.sources for part in work.parts_of(source, recipe.rows_per_part)]
+        for step in steps:
+            parts = work.run(step, parts).parts
+        last = work.stages[-1]
+        written = write.write(last.records(), output, recipe.format, folder=True)
+        for path in earlier - {Path(one.path) for one in written}:
+            path.unlink(missing_ok=True)
+            print(f"removed {path}: an earlier run wrote it, and this recipe does not")
+        stage.write_report(output / REPORT, work.stages, written, recipe.sources)
+        print("\n".join(line for one in written for line in stage.said_of(one)))
+        if recipe.card is not None and last.counts.kept:
+            card.make(last.records(), output, recipe.card, output / REPORT)
+            print(f"the set is described in {output / 'card.md'}{' and card.html' * recipe.card.html}")
+        work.forget(everything=not recipe.keep_stages)
     print(f"every verdict is in {output / REPORT}")
+    if recipe.keep_stages and any(name == "personal" for name, _ in chosen):
+        print(f"{output / '.stages'} holds the rows as they were read: do not publish it (keep_stages=false)")
     return 0
+
+
+class Work:
+    """The stages of a recipe, in a folder of their own."""
+
+    def __init__(self, folder: Path, runner: engine.Engine, said: pipeline.Progress):
+        self.folder, self.runner, self.said = folder, runner, said
+        self.stages: list[pipeline.Stage] = []
+
+    def run(self, step: Step, parts: Sequence[Part]) -> pipeline.Stage:
+        made = pipeline.run(step, parts, self.folder, self.runner, self.said)
+        self.stages.append(made)
+        print("\n".join(stage.summary(made, [])), flush=True)
+        return made
+
+    def parts_of(self, source: Any, rows_per_part: int) -> Sequence[Part]:
+        """The source, cut into parts whose records have its licence and tags."""
+        found: Sequence[Part]
+        if isinstance(source, Documents):
+            found = extract.parts_of(source.documents, source.extract, self.said)
+        elif isinstance(source, LogFiles):
+            rows = [part for file in source.logs for part in log_parts(file, rows_per_part)]
+            found = self.run(Logs(source.take), rows).parts
+        else:
+            found = read.parts(source, rows_per_part)
+        meta = {**({"license": source.license} if source.license else {}), **source.tags}
+        return [Labelled(part, tuple(meta.items())) for part in found] if meta else found
+
+    def forget(self, everything: bool) -> None:
+        """Deletes the stages that this recipe does not have any more, or all of them."""
+        used = set() if everything else {made.folder.name for made in self.stages}
+        for folder in self.folder.iterdir():
+            if folder.is_dir() and folder.name not in used:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """While no other process prepares this folder. UserError where one does."""
+    folder = output / ".stages"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is preparing {output}: wait for it, or name another") from None
+        except (ImportError, OSError):
+            pass  # no locks on this disk
+        yield
 
 
 def _outputs(output: Path) -> set[Path]:
