@@ -209,15 +209,20 @@ def parts(source: DataSource | str, rows_per_part: int = 20_000) -> list[Part]:
 
 
 def _format_of(source: DataSource) -> str:
-    broken = 0
+    """That of the first row that is of any; rows before it that are of none are E004 where they are read."""
+    broken, unknown = 0, None
     for row in _rows(source, _WHOLE, False, careful=True):
-        if row.values is not None and (row.said or formats.matches(row.values)):
-            if not any(v.severity == "error" for v in row.said):
-                found = formats.detect(row.values, f"{source.path}:{row.line}", one=True)
-                return "openai" if found == "chat" and _has_text_arguments(source) else found
-        broken += row.values is None
-        if row.values is not None and not formats.matches(row.values):
-            formats.detect(row.values, f"{source.path}:{row.line}", one=True)  # says what it could be
+        if row.values is None:
+            broken += 1
+        elif not formats.matches(row.values):
+            unknown = unknown or row
+        elif not any(v.severity == "error" for v in row.said):
+            found = formats.detect(row.values, f"{source.path}:{row.line}", one=True)
+            return "openai" if found == "chat" and _has_text_arguments(source) else found
+    if unknown is not None:
+        formats.detect(
+            unknown.values or {}, f"{source.path}:{unknown.line}", one=True
+        )  # says what it could be
     if broken:
         raise UserError(f"{source.path}: none of its {broken} lines can be read as a JSON object")
     raise UserError(f"{source.path} holds no examples: the file is empty")

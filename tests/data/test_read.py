@@ -246,3 +246,15 @@ def test_provenance_is_kept(tmp_path):
     a, b = (j.record for j in judged(path))
     assert a.meta == {"source": "first.txt", "line": 7, "license": "MIT"}
     assert b.meta == {"source": str(path), "line": 2} and b.given == ("ftjax", {"task": "lm", "text": "u"})
+
+
+def test_a_first_row_of_no_format_does_not_refuse_the_file(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"foo": 1}\n{"prompt": "a", "completion": "b"}\n')
+    [part] = read.parts(str(path))
+    first, second = part.judged()
+    assert first.record is None and [v.code for v in first.verdicts] == ["E004"]
+    assert second.record is not None and part.format == "prompt_completion"
+    path.write_text('{"foo": 1}\n{"bar": 2}\n')
+    with pytest.raises(UserError, match="x.jsonl:1: unknown format, with the keys foo"):
+        read.parts(str(path))
