@@ -135,6 +135,12 @@ def test_a_finished_run_goes_on_with_more_steps_when_told(ftjax):
     assert losses() == losses("whole")
 
 
+def test_steps_larger_than_the_data_are_said(ftjax):
+    code, said = ftjax("sft", "data.max_length=256", "train.max_steps=1")
+    assert code == 0 and "a step takes 8: each goes over all of it" in said
+    assert "goes over all of it" not in ftjax("sft", "output=other", "train.max_steps=1")[1]
+
+
 def test_resume_that_cannot_start_leaves_the_finished_run_as_it_was(ftjax, folder):
     assert ftjax("sft")[0] == 0
     before = {p: p.read_bytes() for p in (folder / "run").rglob("*") if p.is_file()}

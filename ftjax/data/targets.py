@@ -689,6 +689,10 @@ def _ftjax(values: dict[str, Any], found: Findings) -> None:
     if record is not None and record.task in ("sft", "unpaired"):
         if not any(is_trained(m) for m in record.messages):
             found.add("E018", "messages", "every assistant message has the weight 0: nothing is trained")
+        messages = [{**m, "at": f"messages[{i}]"} for i, m in enumerate(record.messages)]
+        ids = [call.get("id") for m in messages for call in m.get("tool_calls") or ()]
+        ids += [m.get("tool_call_id") for m in messages if m["role"] == "tool"]
+        _calls(messages, found, _tools_of_templates(values, found), as_text=False, ids=all(ids))
     if record is not None and record.weight == 0:
         found.add("E018", "sample_weight", "the example has the weight 0: nothing is trained")
 

@@ -204,6 +204,15 @@ def _train(run: folder.RunFolder, cfg, make_loss, preference: bool, since, overw
             f"{total_steps} steps{where}; {count:,} weights are trained, {share:.2%} of the model's. "
             "Compiling …"
         )
+        rows = getattr(data, "rows_per_epoch", None)  # streamed data has none
+        if rows is not None and rows < cfg.train.batch_size:
+            times = f"{cfg.train.batch_size / rows:.3g} times"
+            reporter.event(
+                first,
+                f"the data is packed into {rows:,} of the rows of {cfg.data.max_length:,} tokens, and a step "
+                f"takes {cfg.train.batch_size}: each goes over all of it {times}. train.batch_size={rows} or "
+                "a smaller data.max_length makes steps as small as the data",
+            )
 
         starting = time.perf_counter() - since
         reporter.spent("start", starting - (restoring if restored is not None else 0.0))

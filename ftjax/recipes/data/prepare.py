@@ -183,7 +183,10 @@ def main(argv: list[str]) -> int:
         stage.write_report(output / REPORT, work.stages, written, recipe.sources)
         print("\n".join(line for one in written for line in stage.said_of(one)))
         if recipe.card is not None and last.counts.kept:
-            card.make(last.records(), output, recipe.card, output / REPORT)
+            facts = card.make(last.records(), output, recipe.card, output / REPORT)
+            for reason, found in facts["tokens"]["not_rendered"].items():
+                print(f"{found['rows']:,} rows can't be trained on with {recipe.card.model}: {reason}")
+                print("  `validate: {model: …}` leaves such rows out")
             print(f"the set is described in {output / 'card.md'}{' and card.html' * recipe.card.html}")
         work.forget(everything=not recipe.keep_stages)
     print(f"every verdict is in {output / REPORT}")
