@@ -6,7 +6,6 @@ rows whose numbers, short answers, JSON answers, labels, tools or images differ 
 pair is then checked exactly, and every row that goes names one that stays and how alike they are.
 """
 
-import hashlib
 import json
 import re
 import tempfile
@@ -18,7 +17,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from ftjax.data import duplicates, minhash
-from ftjax.data.record import Judged, Record, is_trained, text_of
+from ftjax.data.record import Judged, Record, hash64, is_trained, text_of
 from ftjax.data.steps import Step
 from ftjax.errors import UserError
 
@@ -177,10 +176,10 @@ class Dedup(Step):
                 rows = []
                 for (record, text), plain, size in zip(chunk, normal, sizes.tolist(), strict=True):
                     guard = differing(record, text)
-                    exact = _hash(plain.encode("utf-8", "surrogatepass") + b"\0" + guard)
+                    exact = hash64(plain.encode("utf-8", "surrogatepass") + b"\0" + guard)
                     source = sources.setdefault(str(record.meta.get("source", "")), len(sources))
                     line = record.meta.get("line", 0)
-                    rows.append((exact, _hash(guard), size, self._priority(record, text), source, line))
+                    rows.append((exact, hash64(guard), size, self._priority(record, text), source, line))
                 np.array(rows, duplicates.ROW).tofile(of_rows)
                 hashes.tofile(of_sets)
                 if embed is not None:
@@ -275,10 +274,6 @@ def _chunks(records: Iterable[Record], on: str) -> Iterator[list[tuple[Record, s
             chunk, size = [], 0
     if chunk:
         yield chunk
-
-
-def _hash(data: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def _places(facts: Sequence[Facts], starts: list[int], rows: np.ndarray) -> list[str]:

@@ -8,13 +8,12 @@ the row, only flags it, or is off. The precision of each on real data: benchmark
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from hashlib import blake2b
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
 from ftjax.data import defects
-from ftjax.data.record import Judged, Record, is_trained, text_of
+from ftjax.data.record import Judged, Record, hash64, is_trained, text_of
 from ftjax.data.steps import Step
 from ftjax.errors import UserError
 
@@ -335,11 +334,6 @@ def _outliers(record: Record, decision: Decision) -> Iterator[tuple[str, str, st
             )
 
 
-def _hash(text: str) -> int:
-    digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
-
-
 def _label(record: Record, longest: int) -> tuple[int, int] | None:
     """Hashes of the prompt and of its last, short, answer, but for case, punctuation and spacing."""
     if record.task not in ("sft",) or not record.messages or not is_trained(record.messages[-1]):
@@ -350,7 +344,7 @@ def _label(record: Record, longest: int) -> tuple[int, int] | None:
     if defects.refusal(answer) or defects.placeholder(answer, ""):
         return None  # said of it already
     prompt = "\x1f".join(" ".join(text_of(m).casefold().split()) for m in record.messages[:-1])
-    return _hash(prompt), _hash(defects.normalised(answer) or answer.strip())
+    return hash64(prompt), hash64(defects.normalised(answer) or answer.strip())
 
 
 def _conflicts(labels: np.ndarray) -> dict[int, dict[int, int]]:

@@ -9,7 +9,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from ftjax.data import read
@@ -17,7 +16,7 @@ from ftjax.data.formats.messages import as_context, conversation, tools_of
 from ftjax.data.log_forms import FEEDBACK, Call, calls, feedback_of, ids_of
 from ftjax.data.options import DataSource
 from ftjax.data.personal import CODES, Masker, PersonalOptions, shown
-from ftjax.data.record import Findings, Judged, Record, text_of
+from ftjax.data.record import Findings, Judged, Record, hash64, text_of
 from ftjax.data.steps import Step
 from ftjax.data.texts import rewritten
 from ftjax.errors import UserError
@@ -269,19 +268,14 @@ class Decision(NamedTuple):
     counts: dict[str, int]
 
 
-def _hash(text: str) -> int:
-    digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
-
-
 def chain(messages: list[dict], group: str) -> list[tuple[int, int, int]]:
     """(index, hash before it, hash with it) of each assistant message, of the conversation so far."""
-    out, so_far = [], _hash(group)
+    out, so_far = [], hash64(group)
     for i, message in enumerate(messages):
         if message["role"] in ("system", "developer"):
             continue
         before = so_far
-        so_far = _hash(f"{so_far} {message['role']} {text_of(message).strip()}")
+        so_far = hash64(f"{so_far} {message['role']} {text_of(message).strip()}")
         if message["role"] == "assistant":
             out.append((i, before, so_far))
     return out
@@ -315,10 +309,10 @@ class Logs(Step):
                         whole,
                         asked,
                         tuple(h for _, _, h in earlier),
-                        tuple(map(_hash, log["ids"])),
+                        tuple(map(hash64, log["ids"])),
                         _thread(record),
-                        _hash(log["user"]) if log["user"] else 0,
-                        _hash(log["conversation"]) if log["conversation"] else 0,
+                        hash64(log["user"]) if log["user"] else 0,
+                        hash64(log["conversation"]) if log["conversation"] else 0,
                         log["time"],
                         said._replace(correction=said.correction[:1]),
                         log["chat"],
@@ -372,7 +366,7 @@ class Logs(Step):
         o = self.options
 
         def rank(number: int) -> float:
-            return _hash(f"{o.seed} {number}") / 2**64
+            return hash64(f"{o.seed} {number}") / 2**64
 
         for part, i, s in at:
             if rank(s.thread) >= o.rate:
@@ -408,7 +402,7 @@ class Logs(Step):
                     f"{self.options.feedback}:{row.line}: no id in this row of feedback (keys: {keys})"
                 )
             for one in ids:
-                said.setdefault(_hash(one), {}).update(found)
+                said.setdefault(hash64(one), {}).update(found)
         joined = set()
         for part, seen in enumerate(facts):
             for i, s in enumerate(seen):
@@ -467,9 +461,9 @@ def _thread(record: Record) -> int:
     """Of the conversation: its id, or what it began with."""
     log = record.meta["log"]
     if log["conversation"]:
-        return _hash(log["conversation"])
+        return hash64(log["conversation"])
     begun = next((text_of(m) for m in record.messages if m["role"] == "user"), "")
-    return _hash(f"{log['user']} {begun}")
+    return hash64(f"{log['user']} {begun}")
 
 
 def _asked_again(at, fates, earlier) -> dict[tuple[int, int], Fate]:
@@ -516,7 +510,7 @@ def _without_log(record: Record, good: frozenset[int]) -> Record:
     meta |= {"group": f"{_thread(record):016x}"}
     meta |= {k: log[k] for k in ("model", "time") if log[k]}
     meta |= {"log_id": log["ids"][0]} if log["ids"] else {}
-    meta |= {"user": f"{_hash(log['user']):016x}"} if log["user"] else {}
+    meta |= {"user": f"{hash64(log['user']):016x}"} if log["user"] else {}
     return replace(record, messages=messages, meta=meta, where=record.where)
 
 

@@ -22,8 +22,10 @@ from ftjax.data.engine import Engine, Here
 from ftjax.data.record import Judged, Record, Verdict
 from ftjax.data.steps import Part, Step
 
-Progress = Callable[[str, int, int], None]
-"""Called after each part: what is done, parts done, parts in all."""
+Progress = Callable[[str, int, int | None], None]
+"""Called after each part: what is done, parts done, parts in all. Where all is one part: rows read, None."""
+
+SAID_EACH = 2_000  # rows
 
 
 @dataclass
@@ -91,6 +93,14 @@ class _Job(NamedTuple):
     part: Part
     number: int
     folder: Path
+    said: Progress | None = None
+    """Told of the rows that were read; in the calling process only."""
+
+    def judged(self, what: str) -> Iterator[Judged]:
+        for n, judged in enumerate(self.part.judged(), 1):
+            if self.said is not None and n % SAID_EACH == 0:
+                self.said(what, n, None)
+            yield judged
 
 
 def run(
@@ -108,7 +118,8 @@ def run(
     folder = work / f"{step.name}-{hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     step.folder = folder
-    jobs = [_Job(step, part, number, folder) for number, part in enumerate(parts)]
+    said = progress if len(parts) == 1 and isinstance(engine, Here) else None
+    jobs = [_Job(step, part, number, folder, said) for number, part in enumerate(parts)]
     decision = None
     if step.gathers:
         facts = list(_missing(engine, _facts, jobs, ".facts", f"{step.name}: looking", progress))
@@ -143,7 +154,8 @@ def _path(job: _Job, suffix: str) -> Path:
 
 
 def _facts(job: _Job) -> None:
-    records = (judged.record for judged in job.part.judged() if judged.record is not None)
+    judged = job.judged(f"{job.step.name}: looking, rows")
+    records = (one.record for one in judged if one.record is not None)
     _whole(_path(job, ".facts"), pickle.dumps(job.step.facts(records, job.number)))
 
 
@@ -163,7 +175,7 @@ def _apply(job: _Job) -> None:
                 said.write(json.dumps({**verdict.to_json(), "outcome": outcome}, ensure_ascii=False) + "\n")
 
         def readable() -> Iterator[Record]:
-            for judged in job.part.judged():
+            for judged in job.judged(f"{job.step.name}, rows"):
                 counts.rows += 1
                 if judged.record is None:
                     counts.dropped += 1

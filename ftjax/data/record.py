@@ -97,6 +97,12 @@ class Record:
         return "\n".join(text_of(m) for m in given)
 
 
+def hash64(data: str | bytes) -> int:
+    """64 bits of a hash, the same on every machine."""
+    data = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
 def is_trained(message: dict) -> bool:
     return message["role"] == "assistant" and message.get("weight", 1.0) > 0
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ftjax.data.record import Judged, Record
+from ftjax.data.record import Judged, Record, hash64
 from ftjax.data.steps import Step
 from ftjax.errors import UserError
 
@@ -154,5 +154,4 @@ class Split(Step):
 
 
 def _hash(value: Any) -> int:
-    data = json.dumps(value, sort_keys=True, default=str).encode()
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+    return hash64(json.dumps(value, sort_keys=True, default=str))

@@ -1,12 +1,11 @@
 """The step `validate`: rows that a target does not take end, and the whole is held against its limits."""
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ftjax.data.record import Judged, Record, Verdict
+from ftjax.data.record import Judged, Record, Verdict, hash64
 from ftjax.data.steps import Step
 from ftjax.data.targets import MB, TARGETS, target_named, validate
 from ftjax.errors import UserError
@@ -77,7 +76,7 @@ class Validate(Step):
             messages = record.messages
             facts.images += any(isinstance(m["content"], list) for m in messages)
             if messages and messages[0]["role"] == "system" and len(systems) < 20:
-                systems[_hash(str(messages[0]["content"]))] = None
+                systems[hash64(str(messages[0]["content"]))] = None
         facts.systems = tuple(systems)
         return facts
 
@@ -149,7 +148,3 @@ def renderer_of(model: str) -> Any:
     from ftjax.hf import tokenizer_of
 
     return Renderer(tokenizer_of(model))
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")

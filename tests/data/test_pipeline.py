@@ -194,3 +194,15 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
 def test_a_worker_that_is_killed_is_said():
     with pytest.raises(UserError, match="worker process was ended from outside"):
         list(Processes(1).map(os._exit, [9]))
+
+
+def test_progress_by_parts_and_of_one_part_by_rows(tmp_path):
+    told = []
+    pipeline.run(Halve(Options()), PARTS, tmp_path / "a", progress=lambda *said: told.append(said))
+    assert told[-1] == ("halve", 4, 4) and ("halve: looking", 4, 4) in told
+    told.clear()
+    pipeline.run(Halve(Options()), [Rows(0, 4500)], tmp_path / "b", progress=lambda *said: told.append(said))
+    assert [said for said in told if said[2] is None] == [
+        ("halve: looking, rows", 2000, None), ("halve: looking, rows", 4000, None),
+        ("halve, rows", 2000, None), ("halve, rows", 4000, None),
+    ]  # fmt: skip

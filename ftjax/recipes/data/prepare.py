@@ -38,17 +38,22 @@ REPORT = "report.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source(DataSource):
-    """A file or data set to prepare."""
+class Labels:
+    """What a source says of its rows."""
 
     license: str | None = None
-    """What its rows may be used under; kept with each of them, and on the card."""
+    """What they may be used under; kept with each of them, and on the card."""
     tags: dict[str, str] = field(default_factory=dict)
     """Put into every record's meta, e.g. {team: billing}."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Documents:
+class Source(Labels, DataSource):
+    """A file or data set to prepare."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Documents(Labels):
     """Documents to cut into sections (plain text, for `synthesize` or continued pre-training)."""
 
     __pydantic_config__: ClassVar = config.STRICT
@@ -57,14 +62,10 @@ class Documents:
     """Files, folders, pages or sitemaps."""
     extract: ExtractOptions = field(default_factory=ExtractOptions)
     """How they are found and cut."""
-    license: str | None = None
-    """What they may be used under."""
-    tags: dict[str, str] = field(default_factory=dict)
-    """Put into every record's meta."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogFiles:
+class LogFiles(Labels):
     """Production logs to take examples from."""
 
     __pydantic_config__: ClassVar = config.STRICT
@@ -73,10 +74,6 @@ class LogFiles:
     """Files of requests with responses, chats, or OpenTelemetry's spans."""
     take: LogsOptions = field(default_factory=LogsOptions)
     """What of them becomes examples."""
-    license: str | None = None
-    """What they may be used under."""
-    tags: dict[str, str] = field(default_factory=dict)
-    """Put into every record's meta."""
 
 
 class Read(Step):

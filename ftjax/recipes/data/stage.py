@@ -145,12 +145,12 @@ def progress() -> Iterator[pipeline.Progress]:
     """A bar for what is being done now."""
     bar: Bar | None = None
 
-    def said(what: str, done: int, total: int) -> None:
+    def said(what: str, done: int, total: int | None) -> None:
         nonlocal bar
         if bar is None or bar.what != what:
             if bar is not None:
                 bar.close()
-            bar = Bar(what, total, shown=total > 1)
+            bar = Bar(what, total, shown=total != 1)
             bar.open()
         bar.update(done)
 
