@@ -73,8 +73,46 @@ LINES: list[tuple[bytes, set[str]]] = [
     (_row({**_SYSTEM, "content": "Be kind."}, _USER, _ANSWER), set()),
     (_row(_SYSTEM, _USER, {**_ANSWER, "weight": 0}, _USER, {**_ANSWER, "weight": 1}), set()),
 ]
-"""(a line, the codes of its verdicts)"""
+"""(a line, the codes of its verdicts as a row for OpenAI)"""
 
 
-def write(path) -> None:
-    path.write_bytes(b"\n".join(line for line, _ in LINES) + b"\n")
+def _pair(chosen=_ANSWER, rejected=None, asked=(_USER,)):
+    rejected = {**_ANSWER, "content": "Lyon."} if rejected is None else rejected
+    row = {
+        "input": {"messages": list(asked)},
+        "preferred_output": [chosen],
+        "non_preferred_output": [rejected],
+    }
+    return json.dumps(row).encode()
+
+
+def _labelled(label, **more):
+    return json.dumps(
+        {"prompt": "Capital of France?", "completion": " Paris.", "label": label, **more}
+    ).encode()
+
+
+OTHERS: dict[str, list[tuple[bytes, set[str]]]] = {
+    "openai_preference": [
+        (_pair(), set()),
+        (
+            _pair().replace(
+                b'"preferred_output": [', b'"preferred_output": [{"role": "user", "content": "x"}, '
+            ),
+            {"E040"},
+        ),
+        (_pair(rejected=_ANSWER), {"E041"}),
+        (_pair(asked=(_USER, _ANSWER)), {"E042"}),
+    ],
+    "unpaired": [(_labelled(True), set()), (_labelled(False), set()), (_labelled("perhaps"), {"E050"})],
+    "mistral": [
+        (_row(_SYSTEM, _USER, _ANSWER), set()),
+        (_row(_SYSTEM, _USER, _ANSWER, _USER), {"E015"}),
+        (_row(_SYSTEM, _USER, _ANSWER, _SYSTEM, _USER, _ANSWER), {"E026"}),
+    ],
+}
+"""The same for other targets."""
+
+
+def write(path, lines=LINES) -> None:
+    path.write_bytes(b"\n".join(line for line, _ in lines) + b"\n")

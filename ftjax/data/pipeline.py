@@ -74,6 +74,8 @@ class Stage(NamedTuple):
     counts: Counts
     summary: dict[str, Any]
     folder: Path
+    again: bool = False
+    """Whether all of it was there from an earlier run."""
 
     def verdicts(self) -> Iterator[dict[str, Any]]:
         """Every verdict as plain values (Verdict.to_json and its `outcome`), in the order of the rows."""
@@ -120,6 +122,7 @@ def run(
     step.folder = folder
     said = progress if len(parts) == 1 and isinstance(engine, Here) else None
     jobs = [_Job(step, part, number, folder, said) for number, part in enumerate(parts)]
+    again = all(_path(job, ".counts").exists() for job in jobs)
     decision = None
     if step.gathers:
         facts = list(_missing(engine, _facts, jobs, ".facts", f"{step.name}: looking", progress))
@@ -132,7 +135,7 @@ def run(
         made = json.loads(path.read_text())
         stored.append(Stored(path.with_suffix(".jsonl"), made.pop("hash")))
         counts.add(Counts(**made))
-    return Stage(step.name, stored, counts, step.summary(decision), folder)
+    return Stage(step.name, stored, counts, step.summary(decision), folder, again)
 
 
 def _missing(

@@ -11,6 +11,7 @@ from fake_endpoint import FakeEndpoint
 
 from ftjax import cli
 from ftjax.data import pipeline
+from ftjax.data.codes import CODES
 from ftjax.data.steps import Step
 
 GOOD = [
@@ -71,13 +72,15 @@ def test_every_row_is_kept_or_has_its_reason(tmp_path, raw, capsys):
     assert "read: 11 rows; 7 go on, 4 end here" in printed
 
 
-def test_a_second_start_does_nothing_again_and_a_change_only_what_follows(tmp_path, raw, monkeypatch):
+def test_a_second_start_does_nothing_again_and_a_change_only_what_follows(tmp_path, raw, monkeypatch, capsys):
     path = recipe(tmp_path, raw)
     assert cli.main(["data", "prepare", str(path)]) == 0
     applied = []
     apply = pipeline._apply
     monkeypatch.setattr(pipeline, "_apply", lambda job: (applied.append(job.step.name), apply(job))[1])
+    capsys.readouterr()
     assert cli.main(["data", "prepare", str(path)]) == 0 and not applied
+    assert "validate: 7 rows; 7 go on, 0 end here (kept from before)" in capsys.readouterr().out
     path.write_text(path.read_text() + "  - personal\n")
     assert cli.main(["data", "prepare", str(path)]) == 0
     assert set(applied) == {"personal"}
@@ -362,3 +365,39 @@ def test_one_process_at_a_time(tmp_path, raw, capsys):
 def test_a_weight_is_for_mix(tmp_path, raw, capsys):
     assert cli.main(["data", "prepare", str(recipe(tmp_path, raw)), "sources.0.weight=0.5"]) == 2
     assert "sources[0].weight has no effect here" in capsys.readouterr().err
+
+
+def test_what_is_no_recipe(tmp_path, raw, capsys):
+    assert cli.main(["data", "prepare", str(raw)]) == 2
+    assert "a recipe is a .yaml file" in capsys.readouterr().err
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        f"output: {tmp_path / 'set'}\nsources: [{raw}]\nsteps: [validate]\ncard: null\nformat: trl\n"
+    )
+    assert cli.main(["data", "prepare", str(path)]) == 2
+    assert "TRL has a format for each of its types: chat" in capsys.readouterr().err
+    assert cli.main(["data", "prepare", str(path), "format=chat"]) == 0
+    assert len(rows(tmp_path / "set" / "data.jsonl")) == 7
+
+
+@pytest.mark.parametrize("target", messy.OTHERS)
+def test_messy_files_for_other_targets(tmp_path, target):
+    messy.write(tmp_path / "raw.jsonl", messy.OTHERS[target])
+    settings = [f"sources.0.path={tmp_path / 'raw.jsonl'}", f"sources.0.format={target}", "card=null"]
+    settings += [f"output={tmp_path / 'set'}", f"steps=[{{validate: {{target: {target}}}}}]", "processes=1"]
+    assert cli.main(["data", "prepare", str(CONFIGS / "mixed.yaml"), *settings]) == 0
+    verdicts = json.loads((tmp_path / "set" / "report.json").read_text())["verdicts"]
+    found: dict[int, set[str]] = {}
+    for verdict in verdicts:
+        if verdict["line"] and verdict["severity"] == "error":
+            found.setdefault(verdict["line"], set()).add(verdict["code"])
+    assert found == {n: codes for n, (_, codes) in enumerate(messy.OTHERS[target], 1) if codes}
+
+
+def test_the_messy_files_have_every_code_of_form():
+    """But for those of a whole file, of a model's template and length, and of writing."""
+    lines = [*messy.LINES, *(line for lines in messy.OTHERS.values() for line in lines)]
+    others = {"E060", "E061", "E070", "E071", "E008"}
+    assert {code for _, codes in lines for code in codes if code[0] == "E"} == {
+        code for code in CODES if code[0] == "E"
+    } - others

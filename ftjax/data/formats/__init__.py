@@ -57,6 +57,9 @@ def format_named(name: str) -> Format:
     if name not in FORMATS:
         near = difflib.get_close_matches(name, FORMATS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
+        if name in ("trl", "hf", "huggingface"):
+            hint = "TRL has a format for each of its types: "
+            hint += "chat, text, prompt_only, prompt_completion, preference, unpaired, stepwise. "
         raise UserError(f"unknown data format {name!r}; {hint}known are {', '.join(FORMATS)}")
     return FORMATS[name]
 

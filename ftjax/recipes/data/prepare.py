@@ -152,6 +152,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("settings", nargs="*", metavar="key.sub=value", help="overrides, later ones winning")
     parser.add_argument("--overwrite", action="store_true", help="forget what an earlier run kept")
     arguments = parser.parse_args(argv)
+    if Path(arguments.recipe).suffix not in (".yaml", ".yml"):
+        raise UserError(
+            f"{arguments.recipe}: a recipe is a .yaml file, with output, sources and steps; for one step over "
+            "a file there are the other verbs (ftjax data --help)"
+        )
     recipe: Any = config.load_as(recipe_type(), arguments.recipe, arguments.settings, _entries)
     output = Path(recipe.output).expanduser()
     _may_write(output)
@@ -202,7 +207,8 @@ class Work:
     def run(self, step: Step, parts: Sequence[Part]) -> pipeline.Stage:
         made = pipeline.run(step, parts, self.folder, self.runner, self.said)
         self.stages.append(made)
-        print("\n".join(stage.summary(made, [])), flush=True)
+        lines = stage.summary(made, [])
+        print("\n".join([lines[0] + " (kept from before)" * made.again, *lines[1:]]), flush=True)
         return made
 
     def parts_of(self, source: Any, rows_per_part: int) -> Sequence[Part]:
@@ -255,7 +261,9 @@ def _files(sources: list[Any]) -> set[Path]:
 
 
 def _entries(values: Any) -> Any:
-    """`- dedup` and `- dedup:` are `- dedup: {}`."""
+    """`- dedup` and `- dedup:` are `- dedup: {}`; `- raw.jsonl` is `- {path: raw.jsonl}`."""
+    if isinstance(values, dict) and isinstance(values.get("sources"), list):
+        values["sources"] = [{"path": one} if isinstance(one, str) else one for one in values["sources"]]
     if isinstance(values, dict) and isinstance(values.get("steps"), list):
         entries = [{entry: {}} if isinstance(entry, str) else entry for entry in values["steps"]]
         values["steps"] = [
