@@ -154,8 +154,8 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if Path(arguments.recipe).suffix not in (".yaml", ".yml"):
         raise UserError(
-            f"{arguments.recipe}: a recipe is a .yaml file, with output, sources and steps; for one step over "
-            "a file there are the other verbs (ftjax data --help)"
+            f"{arguments.recipe}: a recipe is a .yaml file, with output, sources and steps; for one step "
+            "over a file there are the other verbs (ftjax data --help)"
         )
     recipe: Any = config.load_as(recipe_type(), arguments.recipe, arguments.settings, _entries)
     output = Path(recipe.output).expanduser()
