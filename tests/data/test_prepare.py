@@ -81,6 +81,11 @@ def test_a_second_start_does_nothing_again_and_a_change_only_what_follows(tmp_pa
     capsys.readouterr()
     assert cli.main(["data", "prepare", str(path)]) == 0 and not applied
     assert "validate: 7 rows; 7 go on, 0 end here (kept from before)" in capsys.readouterr().out
+    assert cli.main(["data", "prepare", str(path), "--overwrite"]) == 0 and set(applied) == {
+        "read",
+        "validate",
+    }
+    applied.clear()
     path.write_text(path.read_text() + "  - personal\n")
     assert cli.main(["data", "prepare", str(path)]) == 0
     assert set(applied) == {"personal"}

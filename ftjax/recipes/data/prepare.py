@@ -161,8 +161,6 @@ def main(argv: list[str]) -> int:
     output = Path(recipe.output).expanduser()
     _may_write(output)
     earlier = _outputs(output) - _files(recipe.sources)
-    if arguments.overwrite:
-        shutil.rmtree(output / ".stages", ignore_errors=True)
     formats.writer(recipe.format)
     if not recipe.sources:
         raise UserError("sources is empty: name the files, documents or logs to prepare")
@@ -174,6 +172,8 @@ def main(argv: list[str]) -> int:
     runner = engine.open_engine(recipe.engine, recipe.processes)
     with _alone(output), stage.progress() as said:
         work = Work(output / ".stages", runner, said)
+        if arguments.overwrite:
+            work.forget(everything=True)
         parts = [part for source in recipe.sources for part in work.parts_of(source, recipe.rows_per_part)]
         for step in steps:
             parts = work.run(step, parts).parts
