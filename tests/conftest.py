@@ -3,8 +3,12 @@
 import gc
 import os
 import pathlib
+import sys
 
 import pytest
+
+# `benchmarks` is tested too; last, so that an installed ftjax goes before the one beside the tests
+sys.path.append(str(pathlib.Path(__file__).parent.parent))
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
