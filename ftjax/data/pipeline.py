@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from ftjax import __version__
 from ftjax.data.engine import Engine, Here
+from ftjax.data.read import file_digest
 from ftjax.data.record import Judged, Record, Verdict
 from ftjax.data.steps import Part, Step
 
@@ -214,8 +215,3 @@ def _whole(path: Path, data: bytes) -> None:
 def _unpickled(path: Path) -> Any:
     with open(path, "rb") as file:
         return pickle.load(file)
-
-
-def file_digest(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -119,10 +119,15 @@ def source_digest(source: DataSource) -> str:
     if is_file(source):
         path = Path(source.path).expanduser()
         _must_exist(path)
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_digest(path)
     data = _load_dataset(source, streaming=False)
     return f"datasets-{data._fingerprint}"
+
+
+def file_digest(path: str | Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ── a source, in parts ────────────────────────────────────────────────────────────────────────────

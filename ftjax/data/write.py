@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ftjax.data import formats
-from ftjax.data.pipeline import file_digest
+from ftjax.data.read import file_digest
 from ftjax.data.record import Record, Verdict
 from ftjax.errors import UserError
 
