@@ -20,7 +20,7 @@ import types
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -60,32 +60,6 @@ class _Unsealed:
     abstract: dict[str, Any]
     sums: dict[str, dict[str, int]]  # name -> part of the array -> CRC-32, of this process's parts
     facts: dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointOptions:
-    """When to save, and how many to keep."""
-
-    __pydantic_config__: ClassVar = {"extra": "forbid", "use_attribute_docstrings": True}
-
-    every: int = 100
-    """Steps between checkpoints; the last step is always saved."""
-    keep: int = 2
-    """Newest checkpoints kept, at least 2: the one before goes only after the newest was read back. The best
-    one by evaluation is kept besides."""
-    directory: str | None = None
-    """Where they lie: a folder that all hosts see, or a bucket (gs://BUCKET/PATH, s3://BUCKET/PATH); not
-    given: checkpoints/ in the run folder."""
-
-    def __post_init__(self):
-        if self.directory is not None:
-            bucket.scheme(self.directory)
-        if self.keep < 2:
-            raise UserError(
-                f"checkpoint.keep={self.keep}: at least 2, so that a damaged one has one before it"
-            )
-        if self.every < 1:
-            raise UserError(f"checkpoint.every={self.every}: at least 1 step")
 
 
 class Checkpoints:

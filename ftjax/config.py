@@ -24,7 +24,7 @@ import pydantic
 import yaml
 
 from ftjax import quant
-from ftjax.checkpoint import CheckpointOptions
+from ftjax.checkpoint_options import CheckpointOptions
 from ftjax.data.options import DataOptions
 from ftjax.distributed import DistributedOptions
 from ftjax.errors import UserError

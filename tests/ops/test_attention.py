@@ -9,8 +9,8 @@ import pytest
 
 from ftjax import mesh
 from ftjax.ops import attention
-from ftjax.ops.attention import KERNELS as KERNEL_MODULES
 from ftjax.ops.attention import blockwise, dense, pallas_gpu, splash
+from ftjax.ops.attention import kernel as kernel_module
 from ftjax.ops.attention.facts import Facts, reorder, zigzag
 
 pytestmark = pytest.mark.fast
@@ -225,7 +225,7 @@ def test_keys_that_are_not_the_queries_row(kernel, small):
     if name == "dense":
         got = dense.attention(q[:, late], long_k, long_v, None, where, keys, 7, facts)
     else:
-        got, _ = KERNEL_MODULES[name].forward(facts, q[:, late], long_k, long_v, where, keys, 7)
+        got, _ = kernel_module(name).forward(facts, q[:, late], long_k, long_v, where, keys, 7)
     real = where[0] > 0
     want = reference(q, k, v, (segments, positions), (segments, positions), window=7)[:, late]
     np.testing.assert_allclose(np.asarray(got)[real], want[real], rtol=0, atol=1e-6)

@@ -12,6 +12,7 @@ backward pass, the mesh, chunks) is here, and `choose` is where one is chosen.
 """
 
 import functools
+import importlib
 import math
 from types import ModuleType
 from typing import Any
@@ -24,22 +25,22 @@ from jax.sharding import PartitionSpec
 
 from ftjax.errors import UserError
 from ftjax.ops import target
-from ftjax.ops.attention import blockwise, cudnn, dense, pallas_gpu, proof, splash
+from ftjax.ops.attention import dense, proof
 from ftjax.ops.attention.facts import Context, Facts, reorder
 from ftjax.ops.attention.facts import zigzag as order_of
 from ftjax.ops.layers import places, shards
 
-KERNELS: dict[str, ModuleType] = {
-    "blockwise": blockwise,
-    "splash": splash,
-    "cudnn": cudnn,
-    "pallas": pallas_gpu,
-}
+KERNELS = {"blockwise": "blockwise", "splash": "splash", "cudnn": "cudnn", "pallas": "pallas_gpu"}
 IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn", "pallas")  # what a run may say
 # What `auto` tries on each kind of device, in this order, before XLA's.
 PREFERRED: dict[str, tuple[str, ...]] = {"cpu": (), "gpu": ("cudnn", "pallas"), "tpu": ("splash",)}
 # Rows of up to so many logits are dense: benchmarks/results/attention.md has the measurement on a CPU.
 DENSE = 2**15
+
+
+def kernel(name: str) -> ModuleType:
+    """The module of one of KERNELS, imported when it is asked for: Pallas takes a quarter of a second."""
+    return importlib.import_module(f"{__name__}.{KERNELS[name]}")
 
 
 def attention(
@@ -134,14 +135,14 @@ def choose(implementation: str, facts: Facts, q_BTNH, k_BSKH, v_BSKH) -> str:
 
 def refusal(name: str, facts: Facts, q_BTNH, k_BSKH, v_BSKH) -> str | None:
     """Why this kernel cannot take such an attention on the kind of device that is traced for."""
-    kernel = KERNELS[name]
-    if kernel.DEVICE not in (None, target.kind()) and not kernel.INTERPRET:
-        return f"that is a kernel for {kernel.DEVICE.upper()}s, and this runs on a {target.kind().upper()}"
-    why = kernel.refuses(facts, q_BTNH, k_BSKH, v_BSKH)
-    if why or kernel.DEVICE != "gpu" or target.kind_of(jax.default_backend()) != "gpu":
+    module = kernel(name)
+    if module.DEVICE not in (None, target.kind()) and not module.INTERPRET:
+        return f"that is a kernel for {module.DEVICE.upper()}s, and this runs on a {target.kind().upper()}"
+    why = module.refuses(facts, q_BTNH, k_BSKH, v_BSKH)
+    if why or module.DEVICE != "gpu" or target.kind_of(jax.default_backend()) != "gpu":
         return why
     heads, dims = (q_BTNH.shape[2], k_BSKH.shape[2]), (q_BTNH.shape[3], v_BSKH.shape[3])
-    return proof.failure(kernel, facts, heads, dims, q_BTNH.dtype)
+    return proof.failure(module, facts, heads, dims, q_BTNH.dtype)
 
 
 # -- One rule of differentiation for all kernels
@@ -154,7 +155,7 @@ def _attend(q_BTNH, k_BSKH, v_BSKH, sinks, queries, keys, window, facts: Facts, 
 
 def _attend_fwd(q_BTNH, k_BSKH, v_BSKH, sinks, queries, keys, window, facts: Facts, name: str):
     # jitted, for jax drops a call whose results nobody reads, but never a bare Pallas kernel
-    forward = jax.jit(functools.partial(KERNELS[name].forward, facts))
+    forward = jax.jit(functools.partial(kernel(name).forward, facts))
     args = q_BTNH, k_BSKH, v_BSKH, queries, keys, window
     axes = ("BTNH", "BNT", *_rest(name, facts))
     out, lse_BNT, *rest = _per_device(forward, facts, args, INPUTS, axes)
@@ -173,7 +174,7 @@ def _attend_bwd(facts: Facts, name: str, residuals, g_BTNH):
     args, sinks, out_BTNH, lse_BNT, rest = residuals
     delta_BTN = jnp.sum(out_BTNH.astype(jnp.float32) * g_BTNH.astype(jnp.float32), axis=-1)
     delta_BNT = delta_BTN.transpose(0, 2, 1)
-    backward = functools.partial(KERNELS[name].backward, facts)
+    backward = functools.partial(kernel(name).backward, facts)
     more = out_BTNH, lse_BNT, delta_BNT, g_BTNH, *rest
     axes = (*INPUTS, "BTNH", "BNT", "BNT", "BTNH", *_rest(name, facts))
     dq, dk, dv = _per_device(backward, facts, (*args, *more), axes, ("BTNH", "BSKH", "BSKH"))
@@ -191,7 +192,7 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 def _rest(name: str, facts: Facts) -> tuple[str, ...]:
     """The axes of what a kernel keeps for its backward pass beyond out and log-sum-exp."""
-    return KERNELS[name].rest(facts) if name == "cudnn" else ()
+    return kernel(name).rest(facts) if name == "cudnn" else ()
 
 
 # -- A kernel on a mesh
@@ -199,8 +200,8 @@ def _rest(name: str, facts: Facts) -> tuple[str, ...]:
 INPUTS = ("BTNH", "BSKH", "BSKH", "BT", "B_", "")  # q, k, v, queries, keys, window
 
 
-def _per_device(kernel, facts: Facts, args, axes, out_axes):
-    """`kernel(*args)`, each device of the mesh on its own rows, heads and queries: the compiler cannot split
+def _per_device(run, facts: Facts, args, axes, out_axes):
+    """`run(*args)`, each device of the mesh on its own rows, heads and queries: the compiler cannot split
     a kernel itself, nor a loop over rows. An axis that does not divide is worked on whole, by every
     device."""
     mesh, on = jax.sharding.get_abstract_mesh(), places("BTNH")
@@ -211,21 +212,20 @@ def _per_device(kernel, facts: Facts, args, axes, out_axes):
         if any(sizes[x] % math.prod(mesh.shape[name] for name in on[x]) for x in letters):
             on |= dict.fromkeys(letters, ())
     if not any(on.values()):
-        return kernel(*args)
+        return run(*args)
 
     def spec(letters):
         return PartitionSpec(*(on.get(x) or None for x in letters))
 
     in_specs = jax.tree.map(lambda letters, x: jax.tree.map(lambda _: spec(letters), x), tuple(axes), args)
     out_specs = tuple(map(spec, out_axes))
-    run = kernel
     if facts.context:
-        run = functools.partial(_on_whole_rows, kernel, facts.context, axes, out_axes)
+        run = functools.partial(_on_whole_rows, run, facts.context, axes, out_axes)
     return jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
 
 
-def _on_whole_rows(kernel, context: Context, axes, out_axes, *args):
-    """The kernel on this device's queries and the keys and values of the whole row, in their order; gradients
+def _on_whole_rows(run, context: Context, axes, out_axes, *args):
+    """A kernel on this device's queries and the keys and values of the whole row, in their order; gradients
     of those are summed over the devices."""
     there = order_of(context.parts)
     back = np.argsort(there)
@@ -242,5 +242,5 @@ def _on_whole_rows(kernel, context: Context, axes, out_axes, *args):
         x = reorder(x, there) if context.zigzag else x
         return jax.lax.psum_scatter(x, context.axes, scatter_dimension=1, tiled=True)
 
-    out = kernel(*map(gather, axes, args))
+    out = run(*map(gather, axes, args))
     return tuple(map(scatter, out_axes, out))
