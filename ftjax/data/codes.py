@@ -170,4 +170,5 @@ CODES: dict[str, Code] = {
     "L013": Code("asked_again", "note", "make: preference makes pairs of such answers"),
     "L014": Code("more_choices", "note", "nothing, where the first is as good as the others"),
     "L015": Code("turns_elsewhere", "warning", "log the whole input, without previous_response_id"),
+    "L016": Code("feedback_unread", "warning", "say it as good or bad, up or down, 1 or -1, or 1 to 5 stars"),
 }

@@ -21,7 +21,7 @@ from ftjax.data.steps import Step
 from ftjax.data.texts import rewritten
 from ftjax.errors import UserError
 
-VERSION = 1  # part of the parts' keys: raise it where the same rows give other calls
+VERSION = 2  # part of the parts' keys: raise it where the same rows give other calls
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,10 @@ def _record(call: Call, found: Findings) -> Record | None:
     turns = dict(call.turns)
     if call.feedback:
         turns[len(messages) - 1] = {**turns.get(len(messages) - 1, {}), **call.feedback}
+    for i, values in sorted(turns.items()):
+        for key in unread(values):
+            why = f"{key} {_short(values[key])} is neither good nor bad: it counts as nothing said"
+            found.add("L016", f"messages[{i}]", why)
     said = {
         "ids": list(call.ids),
         "conversation": call.conversation,
@@ -170,34 +174,51 @@ _BAD = frozenset(
     "down thumbs_down thumbsdown thumb_down -1 👎 bad negative dislike disliked unhelpful not_helpful "
     "rejected reject incorrect fail failed false no poor irrelevant wrong".split()
 )
+_NEITHER = frozenset("neutral none null n/a na unrated skip skipped 0".split()) | {""}
+_STARS = ("rating", "stars")
+_THUMBS = ("thumbs", "thumbs_up", "accepted", "liked")  # of which 0 is bad
 _CORRECTIONS = ("correction", "corrected", "edited", "edited_response", "ideal")
 
 
 def signal(said: dict[str, Any], options: LogsOptions) -> Signal:
     """Of the values under FEEDBACK's keys."""
-    good: bool | None = None
-    for key in FEEDBACK:
-        value = said.get(key)
-        if value is None or key in _CORRECTIONS or key == "regenerated":
-            continue
-        word = str(value).strip().lower().replace(" ", "_").replace("-", "_" if str(value)[0] != "-" else "-")
-        if isinstance(value, bool):
-            good = value
-        elif word in _GOOD | _BAD and not (key in ("rating", "stars") and isinstance(value, int | float)):
-            good = word in _GOOD
-        elif (number := _number(value)) is not None:
-            if key in ("rating", "stars"):
-                good = (
-                    True if number >= options.good_rating else False if number <= options.bad_rating else None
-                )
-            elif number or key in ("thumbs", "thumbs_up", "accepted", "liked"):
-                good = number > 0
+    found = [_opinion(k, said[k], options) for k in FEEDBACK if k in said and k not in _CORRECTIONS]
+    good = next((o.good for o in reversed(found) if o and o.good is not None), None)
     correction = next((c for k in _CORRECTIONS if (c := _text(said.get(k)))), "")
-    words = [str(v).lower() for k, v in said.items() if k in ("feedback", "label", "vote")]
-    again = said.get("regenerated") in (True, 1, "true") or any(
-        "regenerat" in w or "retry" in w for w in words
-    )
-    return Signal(good, correction, again)
+    return Signal(good, correction, any(o.again for o in found if o))
+
+
+def unread(said: dict[str, Any]) -> list[str]:
+    """The keys whose values say nothing that `signal` understands."""
+    opinions = [k for k in FEEDBACK if k in said and k not in _CORRECTIONS]
+    lost = [k for k in opinions if _opinion(k, said[k], LogsOptions()) is None]
+    return lost + [
+        k for k in _CORRECTIONS if said.get(k) not in (None, "", True, False) and not _text(said[k])
+    ]
+
+
+def _opinion(key: str, value: Any, options: LogsOptions) -> Signal | None:
+    """What one value says of the answer; None where it cannot be read."""
+    word = str(value).strip().lower().replace(" ", "_")
+    word = word[:1] + word[1:].replace("-", "_")
+    if key == "regenerated":
+        return Signal(again=word in ("true", "1")) if word in ("true", "1", "false", "0", "none") else None
+    if value is None or word in _NEITHER and not (word == "0" and key in (*_STARS, *_THUMBS)):
+        return Signal()
+    if isinstance(value, bool):
+        return Signal(value)
+    number = _number(value)
+    if key in _STARS and number is not None:
+        return Signal(
+            True if number >= options.good_rating else False if number <= options.bad_rating else None
+        )
+    if word in _GOOD | _BAD:
+        return Signal(word in _GOOD)
+    if number is not None:
+        return Signal(number > 0)
+    if key in ("feedback", "label", "vote") and ("regenerat" in word or "retry" in word):
+        return Signal(again=True)
+    return None
 
 
 def _both(row: Signal, file: Signal) -> Signal:
@@ -215,6 +236,11 @@ def _number(value: Any) -> float | None:
     except (TypeError, ValueError):
         return None
     return number if math.isfinite(number) else None
+
+
+def _short(value: Any) -> str:
+    said = json.dumps(value, ensure_ascii=False)
+    return said if len(said) < 60 else said[:57] + "…"
 
 
 def _text(value: Any) -> str:
@@ -391,11 +417,12 @@ class Logs(Step):
         if not self.options.feedback:
             return out, {}
         said: dict[int, dict] = {}
-        rows = 0
+        rows, lost = 0, 0
         for row in read.rows(DataSource(self.options.feedback)):
             values = row.values or {}
             found, ids = feedback_of(values), ids_of(values)
             rows += 1
+            lost += bool(unread(found))
             if not ids:
                 keys = ", ".join(map(str, values))
                 raise UserError(
@@ -410,7 +437,11 @@ class Logs(Step):
                     if one in said:
                         out[part][i] = {**out[part].get(i, {}), **said[one]}
                         joined.add(one)
-        return out, {"feedback_rows": rows, "feedback_ids_not_in_the_log": len(said.keys() - joined)}
+        return out, {
+            "feedback_rows": rows,
+            "feedback_rows_not_understood": lost,
+            "feedback_ids_not_in_the_log": len(said.keys() - joined),
+        }
 
     def summary(self, decision: Any) -> dict[str, Any]:
         return decision.counts

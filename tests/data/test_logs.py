@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from ftjax.data import pipeline
 from ftjax.data.engine import Processes
 from ftjax.data.log_forms import calls
-from ftjax.data.logs import Logs, LogsOptions, Signal, _calls, _record, parts, signal
+from ftjax.data.logs import Logs, LogsOptions, Signal, _calls, _record, parts, signal, unread
 from ftjax.data.record import Findings
 from ftjax.errors import UserError
 
@@ -493,7 +493,10 @@ def test_masking_and_provenance(mine):
         ({"rating": 3}, Signal(None)),
         ({"stars": "1"}, Signal(False)),
         ({"label": "pass"}, Signal(True)),
+        ({"rating": 0}, Signal(False)),
         ({"feedback": "what a day"}, Signal(None)),
+        ({"feedback": "", "vote": 0}, Signal(None)),
+        ({"thumbs": "down", "accepted": "n/a"}, Signal(False)),
         ({"regenerated": True}, Signal(None, "", True)),
         ({"feedback": "regenerate"}, Signal(None, "", True)),
         ({"correction": {"role": "assistant", "content": "The Loire."}}, Signal(None, "The Loire.")),
@@ -503,6 +506,14 @@ def test_masking_and_provenance(mine):
 )
 def test_signals(said, want):
     assert signal(said, LogsOptions()) == want
+
+
+def test_feedback_that_cannot_be_read_is_said(mine):
+    said = [{"label": "billing", "rating": "B+"}, "neutral", {"thumbs": "", "rating": 3}, {"edited": 7}]
+    rows = [call([{"role": "user", "content": f"q{i}"}], "a", feedback=f) for i, f in enumerate(said)]
+    records, codes, _ = mine(rows)
+    assert codes == {1: ["L016", "L016"], 4: ["L016"]} and len(records) == 4
+    assert unread({"edited": True, "regenerated": "maybe", "stars": "5"}) == ["regenerated"]
 
 
 def test_ratings_of_one_and_minus_one():
@@ -620,12 +631,16 @@ def test_feedback_in_a_file_of_its_own(mine, tmp_path):
     said = [
         {"response_id": "c0", "thumbs": "up"},
         {"response_id": "c1", "correction": "A1"},
-        {"id": "c7", "thumbs": "up"},
+        {"id": "c7", "thumbs": "so-so"},
     ]
     file.write_text("".join(json.dumps(r) + "\n" for r in said))
     records, codes, stage = mine(rows, rows_per_part=2, feedback=str(file), unrated=False)
     assert [r.answer_text() for r in records] == ["a0", "A1"] and codes == {3: ["L011"]}
-    assert stage.summary == {"feedback_rows": 3, "feedback_ids_not_in_the_log": 1}
+    assert stage.summary == {
+        "feedback_rows": 3,
+        "feedback_rows_not_understood": 1,
+        "feedback_ids_not_in_the_log": 1,
+    }
     (tmp_path / "f.csv").write_text("request,thumbs\nc0,up\n")
     with pytest.raises(UserError, match=r"f.csv:2: no id in this row of feedback \(keys: request, thumbs\)"):
         mine(rows, feedback=str(tmp_path / "f.csv"))
