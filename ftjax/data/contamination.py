@@ -16,7 +16,7 @@ import numpy as np
 
 from ftjax.data import minhash, read
 from ftjax.data.options import DataSource
-from ftjax.data.record import Judged, Record, text_of
+from ftjax.data.record import Judged, Record, hash64, text_of
 from ftjax.data.steps import Step
 from ftjax.errors import UserError
 
@@ -212,8 +212,8 @@ class Facts:
 class Decision:
     hits: list[list[tuple[int, str, str, float]]]
     index: Index | None
-    exact: dict[str, str]
-    """The place of each text that is held out."""
+    exact: dict[int, str]
+    """The place of each text that is held out, by its hash."""
     clusters: dict[str, str]
     summary: dict[str, Any]
 
@@ -223,6 +223,7 @@ class Contam(Step):
     own test and eval sides (C002: the same text, the same cluster, or most of its words)."""
 
     name = "contam"
+    version = 2  # texts that are held out are known by their hashes
     gathers = True
     Options = ContamOptions
 
@@ -281,7 +282,7 @@ class Contam(Step):
         return Decision(
             [part.hits for part in facts],
             Index(items, self.options.n, self.options.cover) if items else None,
-            {minhash.normalise(text): place for place, text in reversed(items)},
+            {hash64(minhash.normalise(text)): place for place, text in reversed(items)},
             {cluster: place for place, _, cluster in reversed(held) if cluster},
             summary,
         )
@@ -311,7 +312,7 @@ class Contam(Step):
             cluster = str(record.meta.get("cluster") or "")
             if not texts:
                 continue
-            if place := decision.exact.get(minhash.normalise(" ".join(texts))):
+            if place := decision.exact.get(hash64(minhash.normalise(" ".join(texts)))):
                 leaks[k] = f"it is {place}, which is held out"
             elif place := decision.clusters.get(cluster):
                 leaks[k] = f"{place} of its cluster {cluster} is held out"

@@ -1,12 +1,14 @@
 """Several sources in given shares."""
 
-import hashlib
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
-from ftjax.data.record import Judged, Record
+import numpy as np
+
+from ftjax.data.record import Judged, Record, hash64
 from ftjax.data.steps import Step
 from ftjax.errors import UserError
 
@@ -30,10 +32,20 @@ class MixOptions:
     """Other seeds draw other rows."""
 
 
+class Facts(NamedTuple):
+    """What the decision needs of a part's rows."""
+
+    drawn: np.ndarray
+    """uint64 [rows], by which the rows of a source are ordered: a hash of their content and the seed."""
+    source: np.ndarray
+    """int32 [rows], places in `sources`."""
+    sources: list[str]
+
+
 @dataclass(frozen=True)
 class Decision:
-    copies: list[list[int]]
-    """Of each part, how often each row is in the mixture."""
+    copies: list[np.ndarray]
+    """Of each part, how often each row is in the mixture, uint32."""
     why: dict[str, str]
     """Of each source, what was drawn."""
     summary: dict[str, Any]
@@ -45,6 +57,7 @@ class Mix(Step):
     """
 
     name = "mix"
+    version = 2  # the facts are arrays
     gathers = True
     Options = MixOptions
 
@@ -59,33 +72,42 @@ class Mix(Step):
         value = record.meta.get(self.options.by)
         return "" if value is None else str(value)
 
-    def facts(self, records: Iterable[Record], part: int) -> list[tuple[str, str]]:
-        return [(self._source(record), record.id) for record in records]
+    def facts(self, records: Iterable[Record], part: int) -> Facts:
+        drawn, source = array("Q"), array("i")
+        sources: dict[str, int] = {}
+        for record in records:
+            drawn.append(hash64(f"{self.options.seed} {record.id}"))
+            source.append(sources.setdefault(self._source(record), len(sources)))
+        return Facts(np.array(drawn, np.uint64), np.array(source, np.int32), list(sources))
 
-    def decide(self, facts: Sequence[list[tuple[str, str]]]) -> Decision:
-        rows: dict[str, list[tuple[bytes, int, int]]] = {}
-        for part, records in enumerate(facts):
-            for place, (source, content) in enumerate(records):
-                drawn = hashlib.blake2b(f"{self.options.seed} {content}".encode(), digest_size=16).digest()
-                rows.setdefault(source, []).append((drawn, part, place))
+    def decide(self, facts: Sequence[Facts]) -> Decision:
+        names = sorted({name for fact in facts for name in fact.sources})
+        number = {name: k for k, name in enumerate(names)}
+        source = np.concatenate(
+            [np.array([number[s] for s in fact.sources], np.int32)[fact.source] for fact in facts]
+        )
+        drawn = np.concatenate([fact.drawn for fact in facts])
+        count = np.bincount(source, minlength=len(names)).tolist()
+        rows = dict(zip(names, count, strict=True))
         weights = _of_sources("weight", self.weights, rows)
         caps = _of_sources("cap", self.caps, rows)
         if weights and set(weights) != set(rows):
             missing = ", ".join(sorted(set(rows) - set(weights)))
             raise UserError(f"mix.weight: give every source a share or none; there is none for {missing}")
-        there = {source: min(len(found), caps.get(source, len(found))) for source, found in rows.items()}
+        there = {source: min(found, caps.get(source, found)) for source, found in rows.items()}
         wanted = _wanted(there, weights, self.options.total)
-        copies = [[0] * len(records) for records in facts]
-        for source, found in rows.items():
-            drawn = sorted(found)[: there[source]]
-            for k in range(wanted[source]):
-                _, part, place = drawn[k % len(drawn)]
-                copies[part][place] += 1
-        why = {s: f"{wanted[s]} of {len(rows[s])} rows are drawn" for s in rows}
-        return Decision(copies, why, _summary({s: len(found) for s, found in rows.items()}, there, wanted))
+        copies = np.zeros(len(source), np.uint32)
+        in_order = np.lexsort((drawn, source))  # stable: equals as they come
+        for name, found in zip(names, np.split(in_order, np.cumsum(count)), strict=False):
+            times, more = divmod(wanted[name], there[name])
+            copies[found[: there[name]]] = times
+            copies[found[:more]] += 1
+        why = {name: f"{wanted[name]} of {rows[name]} rows are drawn" for name in names}
+        ends = np.cumsum([len(fact.source) for fact in facts])[:-1]
+        return Decision(np.split(copies, ends), why, _summary(rows, there, wanted))
 
     def apply(self, records: Iterable[Record], decision: Decision, part: int) -> Iterator[Judged]:
-        for record, copies in zip(records, decision.copies[part], strict=True):
+        for record, copies in zip(records, decision.copies[part].tolist(), strict=True):
             if not copies:
                 source = self._source(record)
                 text = f"of {source or 'this source'} {decision.why[source]}"

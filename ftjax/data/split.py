@@ -2,11 +2,14 @@
 
 import hashlib
 import json
-from collections import Counter, defaultdict
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
+
+from ftjax.data.duplicates import components
 from ftjax.data.record import Judged, Record, hash64
 from ftjax.data.steps import Step
 from ftjax.errors import UserError
@@ -34,13 +37,20 @@ class SplitOptions:
     """Another seed, another split."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """What the decision needs of a record."""
+class Facts(NamedTuple):
+    """What the decision needs of a part's rows, a few numbers each."""
 
-    content: str
-    keys: tuple[int, ...]
-    stratum: str
+    content: np.ndarray
+    """uint64 [rows], the records' ids."""
+    own: np.ndarray
+    """uint64 [rows], hashes of the content as a key."""
+    keys: np.ndarray
+    """uint64 [K], hashes of the values of `by` that the rows have."""
+    row: np.ndarray
+    """int32 [K], the row of each key."""
+    stratum: np.ndarray
+    """int32 [rows], places in `strata`."""
+    strata: list[str]
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,7 @@ class Split(Step):
     """
 
     name = "split"
+    version = 2  # the facts are arrays
     gathers = True
     Options = SplitOptions
 
@@ -69,79 +80,85 @@ class Split(Step):
                 "and below 1; the rest is for training"
             )
 
-    def facts(self, records: Iterable[Record], part: int) -> list[Row]:
-        return [self._row(record) for record in records]
+    def facts(self, records: Iterable[Record], part: int) -> Facts:
+        content, own, keys, rows, stratum = (array(kind) for kind in "QQQii")
+        strata: dict[str, int] = {}
+        for row, record in enumerate(records):
+            own_id = record.id
+            content.append(int(own_id, 16))
+            own.append(_hash(["content", own_id]))
+            stratum.append(strata.setdefault(self._stratum(record), len(strata)))
+            for key in self.options.by:
+                if record.meta.get(key) not in (None, ""):
+                    keys.append(_hash([key, record.meta[key]]))
+                    rows.append(row)
+        arrays = map(np.array, (content, own, keys, rows, stratum))
+        return Facts(*arrays, strata=list(strata))
 
-    def _row(self, record: Record) -> Row:
-        content = record.id
-        keys = [_hash(["content", content])]
-        for key in self.options.by:
-            if record.meta.get(key) not in (None, ""):
-                keys.append(_hash([key, record.meta[key]]))
+    def _stratum(self, record: Record) -> str:
         if self.options.stratify is None:
-            return Row(content, tuple(keys), "")
+            return ""
         if self.options.stratify == "answer":
-            return Row(content, tuple(keys), record.answer_text())
-        return Row(content, tuple(keys), str(record.meta.get(self.options.stratify)))
+            return record.answer_text()
+        return str(record.meta.get(self.options.stratify))
 
-    def decide(self, facts: Sequence[list[Row]]) -> Decision:
-        root: dict[int, int] = {}
+    def decide(self, facts: Sequence[Facts]) -> Decision:
+        starts = np.cumsum([0, *(len(fact.own) for fact in facts)])
+        own = np.concatenate([fact.own for fact in facts])
+        keys = np.concatenate([fact.keys for fact in facts])
+        row = np.concatenate([fact.row + start for fact, start in zip(facts, starts[:-1], strict=True)])
+        names, place = np.unique(np.concatenate([own, keys]), return_inverse=True)
+        lowest = components(len(names), place[row], place[len(own) :])
+        # a group's name is its lowest key
+        groups, group = np.unique(lowest[place[: len(own)]], return_inverse=True)
+        strata = sorted({name for fact in facts for name in fact.strata})
+        number = {name: k for k, name in enumerate(strata)}
+        stratum = np.concatenate(
+            [np.array([number[s] for s in fact.strata], np.int32)[fact.stratum] for fact in facts]
+        )
+        drawn = np.array([_hash([self.options.seed, name]) / 2**64 for name in names[groups].tolist()])
+        side = self._sides(drawn, group, stratum)[group]
+        content = np.concatenate([fact.content for fact in facts])
+        summary = self._summary(content, side, len(groups), stratum, strata)
+        return Decision([part.tobytes() for part in np.split(side, starts[1:-1])], summary)
 
-        def find(key: int) -> int:
-            while root.setdefault(key, key) != key:
-                root[key] = root[root[key]]
-                key = root[key]
-            return key
-
-        for row in (row for part in facts for row in part):
-            names = sorted({find(key) for key in row.keys})
-            for name in names[1:]:
-                root[name] = names[0]  # the lowest is the group's name
-        side = self._sides(facts, find)
-        sides = [bytes(side[find(row.keys[0])] for row in part) for part in facts]
-        return Decision(sides, self._summary(facts, sides, len(side)))
-
-    def _sides(self, facts: Sequence[list[Row]], find) -> dict[int, int]:
-        """The side of each group."""
-        test, evaluation = self.options.test, self.options.test + self.options.eval
-        groups: dict[int, Counter[str]] = defaultdict(Counter)
-        for row in (row for part in facts for row in part):
-            groups[find(row.keys[0])][row.stratum] += 1
-        drawn = {name: _hash([self.options.seed, name]) / 2**64 for name in groups}
-        if self.options.stratify is None:
-            return {name: 0 if u < test else 1 if u < evaluation else 2 for name, u in drawn.items()}
+    def _sides(self, drawn: np.ndarray, group: np.ndarray, stratum: np.ndarray) -> np.ndarray:
+        """The side of each group, uint8, of what was drawn for it and the group and stratum of each row."""
+        shares = np.cumsum([self.options.test, self.options.eval])
+        if self.options.stratify is None or not len(drawn):
+            return np.searchsorted(shares, drawn, side="right").astype(np.uint8)
         # in each stratum the groups in the order of their hashes, until each side has its share of the rows
-        strata: dict[str, list[int]] = defaultdict(list)
-        for name, counts in groups.items():
-            strata[min(counts, key=lambda stratum: (-counts[stratum], stratum))].append(name)
-        side = {}
-        for names in strata.values():
-            rows = sum(groups[name].total() for name in names)
-            before = 0
-            for name in sorted(names, key=drawn.__getitem__):
-                middle = (before + groups[name].total() / 2) / rows
-                side[name] = 0 if middle < test else 1 if middle < evaluation else 2
-                before += groups[name].total()
+        sizes = np.bincount(group)
+        pairs, rows = np.unique(np.stack([group, stratum]), axis=1, return_counts=True)
+        most = np.lexsort((pairs[1], -rows, pairs[0]))
+        _, first = np.unique(pairs[0][most], return_index=True)
+        main = pairs[1][most[first]]  # the stratum of most of a group's rows
+        order = np.lexsort((drawn, main))
+        before = np.cumsum(sizes[order]) - sizes[order]
+        _, begins, which = np.unique(main[order], return_index=True, return_inverse=True)
+        of_stratum = np.add.reduceat(sizes[order], begins)
+        middle = (before - before[begins][which] + sizes[order] / 2) / of_stratum[which]
+        side = np.empty(len(sizes), np.uint8)
+        side[order] = np.searchsorted(shares, middle, side="right")
         return side
 
-    def _summary(self, facts: Sequence[list[Row]], sides: list[bytes], groups: int) -> dict[str, Any]:
-        rows, strata = Counter(), defaultdict(Counter)
-        held: dict[str, list[str]] = {"test": [], "eval": []}
-        for part, given in zip(facts, sides, strict=True):
-            for row, number in zip(part, given, strict=True):
-                name = SIDES[number]
-                rows[name] += 1
-                strata[row.stratum][name] += 1
-                if name in held:
-                    held[name].append(row.content)
-        summary: dict[str, Any] = {"rows": {s: rows[s] for s in reversed(SIDES)}, "groups": groups}
-        for name, ids in held.items():
-            if ids:
-                summary[f"{name} hash"] = hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()[:16]
+    def _summary(
+        self, content: np.ndarray, side: np.ndarray, groups: int, stratum: np.ndarray, strata: list[str]
+    ) -> dict[str, Any]:
+        def rows(side: np.ndarray) -> dict[str, int]:
+            counts = np.bincount(side, minlength=len(SIDES)).tolist()
+            return {name: counts[SIDES.index(name)] for name in reversed(SIDES)}
+
+        summary: dict[str, Any] = {"rows": rows(side), "groups": groups}
+        for name in ("test", "eval"):
+            ids = np.sort(content[side == SIDES.index(name)])
+            if len(ids):
+                said = "\n".join(f"{one:016x}" for one in ids.tolist())
+                summary[f"{name} hash"] = hashlib.sha256(said.encode()).hexdigest()[:16]
         if self.options.stratify is not None:
-            summary["strata"] = {
-                stratum: {s: counts[s] for s in reversed(SIDES)} for stratum, counts in sorted(strata.items())
-            }
+            order = np.argsort(stratum, kind="stable")
+            parts = np.split(side[order], np.cumsum(np.bincount(stratum, minlength=len(strata))))
+            summary["strata"] = dict(zip(strata, map(rows, parts), strict=False))
         return summary
 
     def apply(self, records: Iterable[Record], decision: Decision, part: int) -> Iterator[Judged]:

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,6 +19,30 @@ from ftjax.data.record import Record, Verdict
 from ftjax.errors import UserError
 
 
+class Refused:
+    """Verdicts on the records that a format cannot say at all, on disk once they are many."""
+
+    def __init__(self):
+        self._file = tempfile.SpooledTemporaryFile(1 << 20)
+        self._count = 0
+        self.first = ""
+        """What was said of the first."""
+
+    def add(self, verdict: Verdict) -> None:
+        self.first = self.first or verdict.text
+        self._file.write(json.dumps(verdict.to_json()).encode() + b"\n")
+        self._count += 1
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Each as Verdict.to_json gives it."""
+        self._file.seek(0)
+        yield from map(json.loads, self._file)
+        self._file.seek(0, io.SEEK_END)
+
+
 @dataclass
 class Output:
     """One file that was written."""
@@ -28,8 +53,10 @@ class Output:
     sha256: str = ""
     losses: dict[str, int] = field(default_factory=dict)
     """What the format cannot say, a name of formats.LOSSES, and of how many records."""
-    refused: list[Verdict] = field(default_factory=list)
-    """Records that the format cannot say at all."""
+    refused: Refused = field(default_factory=Refused)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.__dict__, "refused": len(self.refused)}
 
 
 class _File(Protocol):
@@ -183,7 +210,7 @@ def write(
                 begin(path)
             written = convert(record)
             if written.refused:
-                made[path][0].refused.append(record.verdict(*written.refused))
+                made[path][0].refused.add(record.verdict(*written.refused))
                 continue
             for values in written.rows:
                 made[path][0].rows += 1

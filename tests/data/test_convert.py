@@ -15,7 +15,8 @@ from ftjax.data.formats import FORMATS, writer
 from ftjax.data.formats.mistral import call_id
 from ftjax.data.options import DataSource
 from ftjax.data.read import parts
-from ftjax.data.record import Findings, Record
+from ftjax.data.record import Findings, Record, Verdict
+from ftjax.data.write import Refused
 from ftjax.errors import UserError
 from ftjax.recipes.data import main
 
@@ -388,3 +389,12 @@ def test_json_that_python_will_not_read_is_an_error_of_the_row(text):
         found = Findings()
         formats.read(row, format, found)
         assert found.error is not None or text[0] == "9"
+
+
+def test_refused_records_are_kept_on_disk():
+    refused = Refused()
+    assert list(refused) == [] and refused.first == ""
+    for line in range(1, 20_000):  # five megabytes
+        refused.add(Verdict("E008", f"no {line}", source="a.jsonl", line=line))
+    assert len(refused) == 19_999 and refused.first == "no 1" and refused._file._rolled
+    assert [v["line"] for v in refused] == list(range(1, 20_000)) == [v["line"] for v in refused]

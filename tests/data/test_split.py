@@ -102,5 +102,7 @@ def test_shares_that_make_no_sense(options):
         Split(SplitOptions(**options))
 
 
-def test_no_rows():
-    assert sides([])[0] == []
+@pytest.mark.parametrize("stratify", [None, "answer"])
+def test_no_rows(stratify):
+    given, summary = sides([], test=0.5, stratify=stratify)
+    assert not given and summary["rows"] == {"train": 0, "eval": 0, "test": 0} and summary["groups"] == 0

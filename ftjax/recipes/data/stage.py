@@ -193,7 +193,7 @@ def said_of(one: write.Output) -> list[str]:
     lines = [f"wrote {one.rows:,} rows of the format {one.format} to {one.path}"]
     lines += [f"  lost, of {number:,} rows: {LOSSES[loss]}" for loss, number in one.losses.items()]
     if one.refused:
-        lines.append(f"  {len(one.refused):,} records could not be written in it: {one.refused[0].text}")
+        lines.append(f"  {len(one.refused):,} records could not be written in it: {one.refused.first}")
     return lines
 
 
@@ -211,7 +211,7 @@ def write_report(
     head = {
         "sources": [dataclasses.asdict(source) for source in found],
         "stages": [{"name": s.name, **dataclasses.asdict(s.counts), "summary": s.summary} for s in stages],
-        "outputs": [{**dataclasses.asdict(one), "refused": len(one.refused)} for one in written],
+        "outputs": [one.to_json() for one in written],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
@@ -219,7 +219,7 @@ def write_report(
         file.write(json.dumps(head, ensure_ascii=False, indent=1, default=str)[:-2] + ',\n "verdicts": [')
         comma = ""
         said = ({"stage": stage.name, **verdict} for stage in stages for verdict in stage.verdicts())
-        refused = (v.to_json() for one in written for v in one.refused)
+        refused = itertools.chain.from_iterable(one.refused for one in written)
         unwritten = ({"stage": "write", **verdict, "outcome": "dropped"} for verdict in refused)
         for row in itertools.chain(said, unwritten):
             file.write(f"{comma}\n  {json.dumps(row, ensure_ascii=False)}")
