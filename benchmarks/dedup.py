@@ -1,6 +1,7 @@
 """Duplicates among 100,000 short rows with planted copies, and among 10,000 unique rows of templates.
 
     python -m benchmarks.dedup [--texts FILE] [--rows 100000] [--peers PYTHON] [--write]
+    python -m benchmarks.dedup --size 10000000 --folder FOLDER
 
 80 of 100 rows are made of texts that people wrote (docstrings of the installed packages, or the lines of
 FILE) in eight wordings of a prompt, nearly alike ones among them as they come; 20 are copies of some of them
@@ -10,12 +11,19 @@ Jaccard similarity of 0.5 (of sequences of five characters). Every measurement h
 reads a file; its peak memory is its maximum resident set. PYTHON is an interpreter that has gaoya and rensa:
 both are given the normalised texts: sets of five characters, 128 hashes, threshold 0.7, estimated.
 --write puts the tables into results/dedup.md.
+
+--size measures one file of so many rows of another kind, for they cannot all be real: words of the same texts
+in random order, each tenth row a copy of one of the kinds of any row before. It is made in FOLDER, as is all
+that the search leaves on disk; two processes, precision of a sample of 20,000 rows that go.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
+import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -62,7 +70,8 @@ def measure(way: str, path: Path) -> dict:
                 found = pipeline._unpickled(stage.folder / "decision").found
                 seconds, cpu = time.perf_counter() - start, _cpu() - cpu
         gone = [[int(f["row"]), int(f["kept"])] for f in found if f["row"] != f["kept"]]
-        return {"seconds": seconds, "cpu": cpu, "gone": gone, "peak": _peak()}
+        workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+        return {"seconds": seconds, "cpu": cpu, "gone": gone, "peak": _peak(), "workers": workers}
     return {"seconds": time.perf_counter() - start, "cpu": _cpu() - cpu, "gone": gone, "peak": _peak()}
 
 
@@ -154,10 +163,16 @@ def main() -> None:
     parser.add_argument("--peers", help="a Python that has gaoya and rensa")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", action="store_true", help="the tables to results/dedup.md")
+    parser.add_argument("--size", type=int, help="only this: one file of so many rows")
+    parser.add_argument("--folder", type=Path, default=Path("runs/dedup"), help="where --size works")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         print(json.dumps(measure(args.measure[0], Path(args.measure[1]))))
+        return
+    if args.size:
+        args.folder.mkdir(parents=True, exist_ok=True)
+        print("\n".join(sized(args)))
         return
     with tempfile.TemporaryDirectory() as folder:
         lines = list(report(args, Path(folder)))
@@ -224,6 +239,44 @@ def report(args: argparse.Namespace, folder: Path):
     for way in results:
         if way not in ("ftjax-2", "search"):
             yield f"| {WAYS[way]} | " + " | ".join(f"{quality[way]['recall'][k]:.3f}" for k in kinds) + " |"
+
+
+def sized(args: argparse.Namespace):
+    import numpy as np
+
+    from benchmarks import dedup_rows
+
+    row = dedup_rows.Sized(dedup_rows.docstrings(100_000), args.seed)
+    path = args.folder / f"{args.size}-{args.seed}.jsonl"
+    if not path.exists():
+        beside = path.with_suffix(".part")
+        with open(beside, "wb") as file, multiprocessing.Pool() as pool:
+            chunks = [range(n, min(n + 100_000, args.size)) for n in range(0, args.size, 100_000)]
+            file.writelines(pool.imap(row.lines, chunks))
+        beside.replace(path)
+    found = _run(sys.executable, "ftjax-2", path)
+    gone = np.zeros(args.size, bool)
+    gone[[number for number, _ in found["gone"]]] = True
+    planted, hit = Counter(), Counter()
+    for number in range(10, args.size, 10):
+        planted[row.kind(number)] += 1
+        hit[row.kind(number)] += bool(gone[number] or gone[row.origin(number)])
+    wrong = whole = 0
+    sample = random.Random(args.seed).sample(found["gone"], min(20_000, len(found["gone"])))
+    for a, b in sample:
+        if row.origin(a) != row.origin(b):
+            likeness = [_jaccard(row(a), row(b), on) for on in ("both", "answer")]
+            wrong += max(likeness) < 0.5
+            whole += likeness[0] < 0.5
+    recall = {kind: hit[kind] / planted[kind] for kind in sorted(planted)}
+    seconds, gigabytes = found["seconds"], path.stat().st_size / 1e9
+    yield f"{time.strftime('%Y-%m-%d')}, {args.size:,} rows ({gigabytes:.1f} GB), 2 processes:"
+    yield f"{seconds:,.0f} s ({args.size / seconds:,.0f} rows/s, {found['cpu']:,.0f} CPU s);"
+    yield f"peak {found['peak']:,.0f} MB, its workers at most {found['workers']:,.0f} MB;"
+    yield f"{len(found['gone']):,} rows go; precision {1 - wrong / max(1, len(sample)):.4f}"
+    yield f"({1 - whole / max(1, len(sample)):.4f} by whole texts);"
+    yield f"recall {np.mean(list(recall.values())):.3f}:"
+    yield ", ".join(f"{kind} {share:.3f}" for kind, share in recall.items())
 
 
 def _written(rows: list, path: Path) -> Path:

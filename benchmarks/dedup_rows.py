@@ -1,6 +1,7 @@
 """The rows that benchmarks/dedup.py measures with: real short texts with planted copies, and unique rows of
 templates."""
 
+import json
 import random
 import re
 import sysconfig
@@ -91,6 +92,45 @@ def planted(texts: list[tuple[str, str]], copies: int, seed: int) -> list[Record
         _record(prompt, text, line, {"kind": kind, "origin": origin})
         for line, (prompt, text, kind, origin) in enumerate(rows, 1)
     ]
+
+
+class Sized:
+    """Any number of rows, each a function of its number: nine of ten are made of words of real texts, drawn
+    as often as they occur there; each tenth is a copy of one that came before, of one of the KINDS."""
+
+    def __init__(self, texts: list[tuple[str, str]], seed: int):
+        self.seed = seed
+        self.names = [name for name, _ in texts]
+        self.words = [word for _, text in texts for word in text.split()]
+
+    def origin(self, number: int) -> int:
+        """The row that this one is a copy of; itself where it is none."""
+        if number % 10 or not number:
+            return number
+        origin = random.Random(f"{self.seed} origin {number}").randrange(number)
+        return origin if origin % 10 else origin + 1
+
+    def kind(self, number: int) -> str:
+        return KINDS[number // 10 % len(KINDS)]
+
+    def __call__(self, number: int) -> Record:
+        origin = self.origin(number)
+        prompt, name, text = self._base(origin)
+        kind = "base"
+        if origin != number:
+            kind, rng = self.kind(number), random.Random(f"{self.seed} copy {number}")
+            prompt, text = _copy(prompt, name, text, kind, self.words, rng)
+        return _record(prompt, text, number + 1, {"kind": kind, "origin": origin})
+
+    def lines(self, numbers: range) -> bytes:
+        """These rows as JSON lines."""
+        return b"".join(json.dumps(self(number).to_json()).encode() + b"\n" for number in numbers)
+
+    def _base(self, number: int) -> tuple[str, str, str]:
+        rng = random.Random(f"{self.seed} {number}")
+        name = rng.choice(self.names)
+        text = " ".join(rng.choices(self.words, k=rng.randint(10, 40)))
+        return rng.choice(PROMPTS).format(name=name), name, text
 
 
 def _copy(

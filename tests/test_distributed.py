@@ -228,6 +228,31 @@ def test_preferences_full_tuning_and_evaluation_over_two_processes(folder):
         np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-4, atol=2e-5, err_msg=name)
 
 
+WAYS = {
+    "streamed data, a base in four bits, memory chosen by compiling": [
+        *("data.streaming=true", "data.cache_dir=null", "quant.kind=nf4", "quant.block_size=32"),
+        *("train.remat=auto", "mesh={fsdp: 2, cp: 2}"),
+    ],
+    "adapters begun from the data, a profile, evaluation": [
+        *("lora.init_lora_weights=eva", "profile=true", "data.eval_fraction=0.2", "eval.every=4"),
+        *("train.max_steps=10", "mesh={fsdp: 4}"),
+    ],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_are_as_one(folder, way):
+    output = folder / way.partition(",")[0].replace(" ", "-")
+    given = ["train.max_steps=6", "checkpoint.every=100", *WAYS[way]]
+    runs = [Processes(output.with_name(f"{output.name}-{n}"), n, 4 // n, *given) for n in (2, 1)]
+    for run in runs:
+        assert run.end() == [0] * len(run.all), run.said(0)
+    together, alone = (run.output for run in runs)
+    close(together, alone)
+    assert len(losses(together)) >= 6
+    assert sorted(p.name for p in together.iterdir()) == sorted(p.name for p in alone.iterdir())
+
+
 def test_an_error_of_one_process_ends_all_and_is_seen(folder):
     run = Processes(folder / "failed", 2, 1, only={1: ["data.cache_dir=/proc/x"]})
     assert run.end(timeout=60) == [1, 2]

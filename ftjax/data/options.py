@@ -65,6 +65,7 @@ class DataOptions:
     shuffle: bool = True
     """New order, and new packing, each epoch; false keeps the files' order."""
     streaming: bool = False
-    """Read while training instead of tokenising first: no epochs' plan, and resume only on as many hosts."""
+    """Read while training instead of tokenising first: no epochs' plan, and resuming reads again all that was
+    read before."""
     cache_dir: str | None = None
     """Folder for tokenised data; the environment's FTJAX_CACHE, else ~/.cache/ftjax, if absent."""

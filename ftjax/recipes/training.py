@@ -384,8 +384,8 @@ def open_data(run: folder.RunFolder, cfg, tokenizer, preference: bool, devices):
             cfg.data, tokenizer, renderer=found.renderer, process_index=part, process_count=parts, **cut
         )
         pairs = data.documents_per_unit() == 2
-        facts = {"source": data_sources(cfg.data.train), "fingerprint": f"streamed over {parts}"}
-        run.pin("data.json", facts, "the number of hosts that share the streamed training data")
+        facts = {"source": data_sources(cfg.data.train), "fingerprint": f"streamed in {data.lanes} lanes"}
+        run.pin("data.json", facts, "the batch size, or the number of hosts that share the streamed data")
     else:
         assert found.train is not None
         data = Loader(found.train, cfg.data, rows=rows, **cut)

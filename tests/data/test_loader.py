@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from ftjax.data.dataset import Units, load
 from ftjax.data.loader import Loader
 from ftjax.data.options import DataOptions, DataSource
-from ftjax.data.stream import StreamLoader
+from ftjax.data.stream import StreamLoader, _Reader
 from ftjax.errors import UserError
 
 pytestmark = pytest.mark.fast
@@ -227,14 +227,33 @@ def test_streamed_batches_resume(tiny, streamed):
     assert not same(take(StreamLoader(streamed, tiny, batch_size=4, microbatches=2, seed=2), 12), whole)
 
 
-def test_streamed_hosts_share_the_rows(tiny, streamed):
-    options = DataOptions(streamed.train, max_length=128, streaming=True, shuffle=False)
-    seen = []
-    for host in range(2):
-        loader = StreamLoader(options, tiny, batch_size=2, process_index=host, process_count=2)
-        take(loader, 3)
-        seen.append({w for s in range(3) for w in loader.documents(s)})
-    assert seen[0] and seen[1] and not seen[0] & seen[1]
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_streamed_batches_are_the_same_over_any_number_of_hosts(tiny, streamed, shuffle):
+    options = DataOptions(streamed.train, max_length=128, streaming=True, shuffle=shuffle)
+
+    def batches(hosts):
+        loaders = [
+            StreamLoader(options, tiny, batch_size=8, microbatches=2, process_index=host, process_count=hosts)
+            for host in range(hosts)
+        ]
+        parts = zip(*(take(loader, 12) for loader in loaders), strict=True)
+        where = [{w for s in range(12) for w in loader.documents(s)} for loader in loaders]
+        return [{k: np.concatenate([p[k] for p in step], 1) for k in step[0]} for step in parts], where
+
+    whole, _ = batches(1)
+    for hosts in (2, 4):
+        found, where = batches(hosts)
+        assert same(found, whole) and all(where)
+
+
+def test_streamed_rows_use_every_example_of_a_pass_once(tiny, streamed):
+    """Also where a lane gets nothing of a pass: there are more lanes than examples."""
+    loader = StreamLoader(streamed, tiny, batch_size=4)
+    reader = _Reader(loader, 0)
+    where = [w for lane in range(4) for _, w in reader.one_pass(lane)]
+    assert len(where) == len(set(where)) == 90
+    many = StreamLoader(DataOptions(streamed.train, max_length=64, streaming=True), tiny, batch_size=128)
+    assert take(many, 1)[0]["tokens"].shape == (1, 128, 64) and many.lanes == 128
 
 
 def test_streamed_weights_and_bad_rows(tiny, write):
