@@ -46,8 +46,10 @@ def _warps(dims: tuple[int, int]) -> int:
 
 
 def _dot(x, y, trans_a: bool = False, trans_b: bool = False):
+    # the axes are named, for a transposition would be an instruction of its own
+    axes = (((0 if trans_a else 1,), (1 if trans_b else 0,)), ((), ()))
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return pl.dot(x, y, trans_a=trans_a, trans_b=trans_b, precision=precision)
+    return jax.lax.dot_general(x, y, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _load(ref, dim: int, *at):
