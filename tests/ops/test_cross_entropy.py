@@ -261,7 +261,9 @@ def only_small_ones(hlo, B, D, V, chunk, tp, frozen):
     small = {("all-reduce", shape) for shape in tokens}
     assert found <= small | head, found - small - head
     functions, _, entry = hlo.partition("\nENTRY ")
-    assert "while(" in entry and (D, V // tp) not in {shape for _, shape in collectives_of(functions)}
+    # in the loop over chunks never; where the compiler has unrolled it, not once a chunk
+    assert (D, V // tp) not in {shape for _, shape in collectives_of(functions)}
+    assert "while(" in entry or collectives_of(entry).count(("all-gather", (D, V // tp))) <= 1
 
 
 @pytest.mark.parametrize(
