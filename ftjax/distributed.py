@@ -149,7 +149,7 @@ def _given(value: int | None, variable: str) -> int | None:
 def _cluster(name: str) -> tuple[str, Any]:
     """(name, jax's class that asks it) of the cluster that this process was started by, else ("", None)."""
     found = {
-        "openmpi": lambda: "OMPI_COMM_WORLD_SIZE" in os.environ and _jax_cluster("ompi", _OpenMpi),
+        "openmpi": lambda: "OMPI_COMM_WORLD_SIZE" in os.environ and _open_mpi(),
         "slurm": lambda: _if_present(_jax_cluster("slurm")),
         "tpu": _tpu,
         "kubernetes": lambda: "JOB_COMPLETION_INDEX" in os.environ and _kubernetes(),
@@ -181,6 +181,12 @@ def _tpu() -> Any:
     if platforms and "tpu" not in platforms.split(","):
         return None
     return _if_present(_jax_cluster("gketpu")) or _if_present(_jax_cluster("gcetpu"))
+
+
+def _open_mpi() -> Any:
+    """jax asks the launcher before version 5, and from jax 0.12 on mpi4py, where that is installed."""
+    asked = "OMPI_MCA_orte_hnp_uri" in os.environ or importlib.util.find_spec("mpi4py")
+    return _jax_cluster("ompi", _OpenMpi) if asked else _OpenMpi
 
 
 class _OpenMpi:

@@ -333,7 +333,12 @@ def _letters(shape: tuple[int, ...], step: Step) -> str:
 def _stacked(jaxpr, on_one: Callable) -> int:
     loops = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
     read = {v for eqn in loops for v in eqn.invars if not hasattr(v, "val")}
-    kept = [v.aval for eqn in loops for v in eqn.outvars[eqn.params["num_carry"] :] if v in read]
+    made = (
+        (v, one) for eqn in loops for v, one in zip(eqn.outvars, eqn.params["jaxpr"].out_avals, strict=True)
+    )
+    kept = [
+        v.aval for v, one in made if v.aval.ndim > one.ndim and v in read
+    ]  # what is carried is not stacked
     here = sum(on_one(x) for x in kept if x.memory_space != jax.memory.Space.Host)
     return here + max((_stacked(inner, on_one) for eqn in jaxpr.eqns for inner in _inner(eqn)), default=0)
 
