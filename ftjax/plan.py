@@ -8,6 +8,7 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from math import prod
 from typing import Any
 
@@ -333,12 +334,9 @@ def _letters(shape: tuple[int, ...], step: Step) -> str:
 def _stacked(jaxpr, on_one: Callable) -> int:
     loops = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
     read = {v for eqn in loops for v in eqn.invars if not hasattr(v, "val")}
-    made = (
-        (v, one) for eqn in loops for v, one in zip(eqn.outvars, eqn.params["jaxpr"].out_avals, strict=True)
-    )
-    kept = [
-        v.aval for v, one in made if v.aval.ndim > one.ndim and v in read
-    ]  # what is carried is not stacked
+    outputs = (zip(eqn.outvars, eqn.params["jaxpr"].out_avals, strict=True) for eqn in loops)
+    # what a loop carries has the rank that it has within; what it keeps of each turn is stacked
+    kept = [v.aval for v, within in chain.from_iterable(outputs) if v.aval.ndim > within.ndim and v in read]
     here = sum(on_one(x) for x in kept if x.memory_space != jax.memory.Space.Host)
     return here + max((_stacked(inner, on_one) for eqn in jaxpr.eqns for inner in _inner(eqn)), default=0)
 

@@ -65,10 +65,8 @@ class StreamLoader:
         self.renderer = renderer or make_renderer(options, tokenizer)
         self._sources = sources(options.train)
         self.seed = seed
-        fit = (
-            n for n in range(min(LANES, batch_size), 0, -1) if not batch_size % n and not n % process_count
-        )
-        self.lanes = next(fit, process_count)
+        divide = (n for n in range(min(LANES, batch_size), 0, -1) if batch_size % n == 0)
+        self.lanes = next((n for n in divide if n % process_count == 0), process_count)
         share = self.lanes // process_count
         self.here = range(process_index * share, (process_index + 1) * share)
         """The lanes of this host."""
