@@ -198,7 +198,8 @@ def environment_defaults() -> None:
 
     Compiled programs, all of them, are kept in ~/.cache/ftjax/jax (JAX_COMPILATION_CACHE_DIR; off by
     JAX_ENABLE_COMPILATION_CACHE=0), since compiling is most of a short run's time; XLA's informational log
-    lines are off (TF_CPP_MIN_LOG_LEVEL); freed memory is kept.
+    lines are off (TF_CPP_MIN_LOG_LEVEL), and so is transformers' advice to install PyTorch; freed memory is
+    kept.
     """
     if "jax" not in sys.modules:  # its threads must not run yet
         host.keep_freed_memory()
@@ -208,6 +209,7 @@ def environment_defaults() -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def _complain(message: str) -> None:
