@@ -23,7 +23,6 @@ import multiprocessing
 import os
 import platform
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -70,8 +69,7 @@ def measure(way: str, path: Path) -> dict:
                 found = pipeline._unpickled(stage.folder / "decision").found
                 seconds, cpu = time.perf_counter() - start, _cpu() - cpu
         gone = [[int(f["row"]), int(f["kept"])] for f in found if f["row"] != f["kept"]]
-        workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-        return {"seconds": seconds, "cpu": cpu, "gone": gone, "peak": _peak(), "workers": workers}
+        return {"seconds": seconds, "cpu": cpu, "gone": gone, "peak": _peak()}
     return {"seconds": time.perf_counter() - start, "cpu": _cpu() - cpu, "gone": gone, "peak": _peak()}
 
 
@@ -131,17 +129,20 @@ def judged(rows: list, gone: list[list[int]]) -> dict:
         if row.meta["kind"] != "base":
             planted[row.meta["kind"]] += 1
             hit[row.meta["kind"]] += not (left[k] and left[origin[row.meta["origin"]]])
-    wrong = whole = 0
-    for a, b in gone:
-        if rows[a].meta["origin"] != rows[b].meta["origin"]:
-            likeness = [_jaccard(rows[a], rows[b], on) for on in ("both", "answer")]
+    recall = {kind: hit[kind] / n for kind, n in sorted(planted.items())}
+    return {"recall": recall, **_precision((rows[a], rows[b]) for a, b in gone)}
+
+
+def _precision(pairs) -> dict[str, float]:
+    """Of rows that go, each with the one that it is said to be a copy of."""
+    count = wrong = whole = 0
+    for a, b in pairs:
+        count += 1
+        if a.meta["origin"] != b.meta["origin"]:
+            likeness = [_jaccard(a, b, on) for on in ("both", "answer")]
             wrong += max(likeness) < 0.5
             whole += likeness[0] < 0.5
-    return {
-        "recall": {kind: hit[kind] / n for kind, n in sorted(planted.items())},
-        "precision": 1 - wrong / max(1, len(gone)),
-        "of whole texts": 1 - whole / max(1, len(gone)),
-    }
+    return {"precision": 1 - wrong / max(1, count), "of whole texts": 1 - whole / max(1, count)}
 
 
 def _jaccard(one, other, on: str) -> float:
@@ -261,20 +262,15 @@ def sized(args: argparse.Namespace):
     for number in range(10, args.size, 10):
         planted[row.kind(number)] += 1
         hit[row.kind(number)] += bool(gone[number] or gone[row.origin(number)])
-    wrong = whole = 0
     sample = random.Random(args.seed).sample(found["gone"], min(20_000, len(found["gone"])))
-    for a, b in sample:
-        if row.origin(a) != row.origin(b):
-            likeness = [_jaccard(row(a), row(b), on) for on in ("both", "answer")]
-            wrong += max(likeness) < 0.5
-            whole += likeness[0] < 0.5
+    right = _precision((row(a), row(b)) for a, b in sample)
     recall = {kind: hit[kind] / planted[kind] for kind in sorted(planted)}
     seconds, gigabytes = found["seconds"], path.stat().st_size / 1e9
     yield f"{time.strftime('%Y-%m-%d')}, {args.size:,} rows ({gigabytes:.1f} GB), 2 processes:"
     yield f"{seconds:,.0f} s ({args.size / seconds:,.0f} rows/s, {found['cpu']:,.0f} CPU s);"
-    yield f"peak {found['peak']:,.0f} MB, its workers at most {found['workers']:,.0f} MB;"
-    yield f"{len(found['gone']):,} rows go; precision {1 - wrong / max(1, len(sample)):.4f}"
-    yield f"({1 - whole / max(1, len(sample)):.4f} by whole texts);"
+    yield f"peak {found['peak']:,.0f} MB of the process that decides;"
+    yield f"{len(found['gone']):,} rows go; precision {right['precision']:.4f}"
+    yield f"({right['of whole texts']:.4f} by whole texts);"
     yield f"recall {np.mean(list(recall.values())):.3f}:"
     yield ", ".join(f"{kind} {share:.3f}" for kind, share in recall.items())
 
